@@ -1,0 +1,23 @@
+"""Efficient Attention Skipping (arXiv 2403.15226) as a method of PEFT. Importing this package registers it."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from .adapter import InputAdapter, PropagationAdapter
+from .architectures import ARCHITECTURES, Architecture
+from .config import PEFT_TYPE, EASConfig
+from .model import EASModel
+
+__version__ = "0.1.0"
+
+if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:  # harmless when the package is imported again
+    register_peft_method(name="eas", config_cls=EASConfig, model_cls=EASModel)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "EASConfig",
+    "EASModel",
+    "InputAdapter",
+    "PropagationAdapter",
+]

@@ -1,0 +1,162 @@
+"""The two adapters of Efficient Attention Skipping as plain modules, without any knowledge of PEFT.
+
+Source: Wu et al., "Not All Attention is Needed" (arXiv 2403.15226), section 3.3, with the modality routing of
+LaVIN (Luo et al., "Cheap and Quick", arXiv 2305.15023).
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class GroupedUp(nn.Module):
+    """Up-projection r → d in `groups` diagonal blocks: block g of the output reads slice g of the bottleneck.
+
+    `weight` has shape (d, r / groups): rows g·d/groups … (g+1)·d/groups hold block g. `bias` has shape (d,). Both
+    start at zero.
+    """
+
+    def __init__(self, r: int, d: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(d, r // groups))
+        self.bias = nn.Parameter(torch.zeros(d))
+
+    def dense_weight(self) -> torch.Tensor:
+        """The block-diagonal matrix of shape (d, r) that this projection stands for."""
+        return torch.block_diag(*self.weight.chunk(self.groups))
+
+    def extra_repr(self) -> str:
+        d, slice_size = self.weight.shape
+        return f"{slice_size * self.groups}, {d}, groups={self.groups}"
+
+
+class RoutedAdapter(nn.Module):
+    """What both adapters share: a bottleneck, two routed up-projections, and the running mean of the contexts.
+
+    The router mixes the paths, g = softmax((R m) / τ); since the mix does not depend on the token, the paths are mixed
+    as weights, once per sequence (or once for all, when the context is the running mean).
+
+    Args:
+        d: width of the model. r: rank of the bottleneck. groups: diagonal blocks of the up-projections.
+        scale: factor s on the adapter's output. router_temperature: τ.
+        dropout: probability with which a bottleneck unit is dropped in training.
+        init_weights: with True the up-projections stay at zero and the adapter is the identity; with False they are
+            drawn like the down-projections.
+
+    Raises:
+        ValueError: if r is not positive, or if `groups` divides r or d with a remainder.
+    """
+
+    has_context_path: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        d: int,
+        r: int,
+        groups: int = 2,
+        scale: float = 1.0,
+        router_temperature: float = 10.0,
+        dropout: float = 0.0,
+        init_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        if r < 1:
+            raise ValueError(f"The rank of an adapter must be at least 1, but r={r} was received.")
+        for name, value in (("the rank", r), ("the model's width", d)):
+            if groups < 1 or value % groups:
+                raise ValueError(
+                    f"groups={groups} does not divide {name} ({value}). Choose a number of groups that divides both "
+                    f"r={r} and d={d}; groups=1 always does."
+                )
+        self.scale = scale
+        self.router_temperature = router_temperature
+        self.token_down = nn.Linear(d, r)
+        if self.has_context_path:
+            self.context_down = nn.Linear(d, r)
+        self.up = nn.ModuleList([GroupedUp(r, d, groups), GroupedUp(r, d, groups)])
+        self.router = nn.Linear(d, len(self.up))
+        self.dropout = nn.Dropout(dropout)
+        # Statistics in the manner of BatchNorm: the context that takes the prompt's place once it is frozen.
+        self.register_buffer("running_context", torch.zeros(d))
+        self.register_buffer("num_contexts", torch.zeros((), dtype=torch.long))
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        """Draws the weights anew; see `init_weights` of the class."""
+        for down in [self.token_down] + ([self.context_down] if self.has_context_path else []):
+            nn.init.xavier_uniform_(down.weight)
+            nn.init.zeros_(down.bias)
+        for up in self.up:
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+            if not init_weights:
+                nn.init.xavier_uniform_(up.weight)
+                nn.init.normal_(up.bias, std=0.02)
+
+    def route(self, context: torch.Tensor) -> torch.Tensor:
+        """Weights of the two paths, shape (B, 2), for contexts of shape (B, d)."""
+        logits = F.linear(context.to(self.router.weight.dtype), self.router.weight, self.router.bias)
+        return F.softmax(logits / self.router_temperature, dim=-1, dtype=torch.float32).to(logits.dtype)
+
+    def mixed_up(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ_e g_e U_e, shape (B, d, r / groups), and Σ_e g_e β_e, shape (B, d), for contexts of shape (B, d)."""
+        gates = self.route(context)
+        weights = torch.stack([up.weight for up in self.up])
+        biases = torch.stack([up.bias for up in self.up])
+        return torch.einsum("be,edk->bdk", gates, weights), gates @ biases
+
+    @torch.no_grad()
+    def record(self, context: torch.Tensor, momentum: float = 0.01) -> None:
+        """Takes the batch mean of `context`, shape (B, d), into the running mean.
+
+        The first 1 / momentum batches count alike, so that a short run has an unbiased mean; later ones enter with
+        weight `momentum`, so that a long run follows the weights as they change.
+        """
+        self.num_contexts += 1
+        weight = (1.0 / self.num_contexts).clamp_min(momentum)
+        self.running_context.lerp_(context.mean(0).to(self.running_context), weight.to(self.running_context))
+
+    def _expand(self, z: torch.Tensor, bottleneck: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """z + s (Σ_e g_e U_e) dropout(bottleneck), for z of shape (B, T, d) and a bottleneck of shape (B, T, r)."""
+        weight, bias = self.mixed_up(context)
+        groups = self.up[0].groups
+        # (B, T, r) → (B, groups, T, r/groups), times (B, groups, r/groups, d/groups): one batched product.
+        sliced = self.dropout(bottleneck).unflatten(-1, (groups, -1)).transpose(1, 2)
+        blocks = weight.unflatten(1, (groups, -1)).transpose(-1, -2)
+        update = (sliced @ blocks).transpose(1, 2).flatten(-2) + bias[:, None]
+        return z + (self.scale * update).to(z.dtype)
+
+
+class PropagationAdapter(RoutedAdapter):
+    """PIA, the propagation-of-information adapter: stands for a skipped MHA in front of the FFN.
+
+    For z of shape (B, T, d) and a context m of shape (B, d), or (1, d) for all sequences alike (section 3.3):
+
+        u = ½ (A m + C z)        g = softmax((R m) / τ)        PIA(z) = z + s Σ_e g_e U_e dropout(u)
+
+    Submodules: `context_down` (A), `token_down` (C), `up` (U_0, U_1), `router` (R). Arguments and errors are those of
+    `RoutedAdapter`.
+    """
+
+    has_context_path = True
+
+    def forward(self, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Returns PIA(z), in the shape and dtype of z."""
+        dtype = self.token_down.weight.dtype
+        bottleneck = 0.5 * (self.context_down(context.to(dtype))[:, None] + self.token_down(z.to(dtype)))
+        return self._expand(z, bottleneck, context)
+
+
+class InputAdapter(RoutedAdapter):
+    """The adapter at the input of a kept MHA: z + s Σ_e g_e U_e dropout(C z).
+
+    It has no context path; the context, shape (B, d) or (1, d), only drives the router. Arguments and errors are those
+    of `RoutedAdapter`.
+    """
+
+    def forward(self, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Returns the adapted input, in the shape and dtype of z."""
+        return self._expand(z, self.token_down(z.to(self.token_down.weight.dtype)), context)

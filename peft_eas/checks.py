@@ -1,0 +1,189 @@
+"""What a config, a base model and an adapter's weights must fulfil together, checked before anything is changed."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from .architectures import Architecture, default_targets, find_mhas
+from .config import EASConfig
+from .layer import EASLayer
+from .merged import SkippedMHA
+
+# By full name of an MHA: the full name of its block, and the block's row of the table.
+Targets = dict[str, tuple[str, Architecture]]
+
+
+def skippable_mhas(model: nn.Module) -> Targets:
+    """Every MHA of the model that the table knows and that is not deleted already, in the model's order."""
+    return {
+        name: (block, row)
+        for name, block, row in find_mhas(model)
+        if not isinstance(model.get_submodule(name), SkippedMHA)
+    }
+
+
+def find_targets(config: EASConfig, model: nn.Module) -> Targets:
+    """The MHAs that the config names, in the model's order.
+
+    Raises:
+        ValueError: if the targets match none, or something else; if all are excluded; if one is in modules_to_save.
+    """
+    known = skippable_mhas(model)
+    names = set(default_targets(model)) & set(known)
+    if config.target_modules is not None:
+        names = {name for name in _outer_names(model) if _matches(config.target_modules, name)}
+    unknown = sorted(names - set(known))
+    if unknown or not names:
+        what = f"{shorten(unknown)}, which cannot be skipped," if unknown else "nothing"
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches {what} in {type(model).__name__}. Its MHAs are: "
+            f"{shorten(known)}. Name some of these, give a regular expression that matches only them, or leave "
+            "target_modules out."
+        )
+    targets = {name: known[name] for name in known if name in names and not _matches(config.exclude_modules, name)}
+    if not targets:
+        raise ValueError(
+            f"exclude_modules={config.exclude_modules!r} leaves none of the {len(names)} target MHAs "
+            f"({shorten(sorted(names))}). Exclude fewer."
+        )
+    for name in config.modules_to_save or ():
+        both = [target for target in targets if f".{target}".endswith(f".{name}")]
+        if both:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r} names {shorten(both)}, which EAS wraps as well. Take it "
+                "out of modules_to_save, or name it in exclude_modules."
+            )
+    return targets
+
+
+def _outer_names(model: nn.Module) -> Iterator[str]:
+    """Names of the model's modules as the base model has them, without what lies inside a wrapper."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = f"{name}." if isinstance(module, EASLayer) else None
+        if name:
+            yield name
+
+
+def _matches(patterns: set[str] | str | None, name: str) -> bool:
+    if not patterns:
+        return False
+    probe = EASConfig(target_modules=patterns if isinstance(patterns, str) else list(patterns))
+    return bool(check_target_module_exists(probe, name))
+
+
+def check_skip_fields(config: EASConfig, targets: list[str]) -> None:
+    """Raises a ValueError unless `skipped_modules` and `num_skip` fit the target MHAs."""
+    check_names(config.skipped_modules or (), targets)
+    if (config.num_skip or 0) > len(targets):
+        raise ValueError(
+            f"num_skip={config.num_skip}, but this model has {len(targets)} MHAs that may be skipped "
+            f"({shorten(targets)}). Choose num_skip from 0 to {len(targets)}."
+        )
+
+
+def check_names(names: Iterable[str], candidates: list[str]) -> None:
+    """Raises a ValueError unless `names` are candidates, each named once."""
+    names = list(names)
+    unknown = [name for name in names if name not in candidates]
+    if unknown:
+        raise ValueError(
+            f"skipped_modules names {shorten(unknown)}, which cannot be skipped. Use full names of candidates: "
+            f"{shorten(candidates)}."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"skipped_modules names an MHA more than once: {names}. Name each once.")
+
+
+def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[str, Any]:
+    """Returns the base model's shape: its number of MHAs, and the widths in front of the targets' projections.
+
+    Raises:
+        ValueError: if the adapter was made for another shape, if a row of the table names what a block does not have,
+            if `groups` does not divide a width, or if the model computes its FFN in chunks.
+    """
+    widths = sorted({block_width(model, block, row) for block, row in targets.values()})
+    shape = {"num_mhas": len(skippable_mhas(model)), "widths": widths}
+    if config.base_shape is not None and config.base_shape != shape:
+        raise ValueError(
+            f"This adapter was made for a base model with {config.base_shape}, but this one has {shape}. Load it on "
+            f"the base model it was trained on ({config.base_model_name_or_path})."
+        )
+    for width in widths:
+        if width % config.groups:
+            raise ValueError(
+                f"groups={config.groups} does not divide the model's width, {width}. Choose a divisor of it."
+            )
+    chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
+    if chunk_size and config.context == "prompt":
+        raise ValueError(
+            f"chunk_size_feed_forward={chunk_size} feeds the FFN a part of the prompt at a time, but context='prompt' "
+            "needs the mean of all of it. Set chunk_size_feed_forward to 0 in the model's config."
+        )
+    return shape
+
+
+def block_width(model: nn.Module, block_name: str, row: Architecture) -> int:
+    """Width d of what a block's projections read. Raises a ValueError if the block lacks what its row names."""
+    block = model.get_submodule(block_name)
+    for path in (*row.mha_projections, *row.ffn_projections):
+        try:
+            projection = _unwrapped(block, path)
+        except AttributeError as error:
+            name = type(block).__name__
+            raise ValueError(
+                f"The row of {name} in the table of architectures names {path!r}, but {block_name or name} has no "
+                f"such module. Set ARCHITECTURES[{name!r}] to an Architecture with this model's own names."
+            ) from error
+    # nn.Linear, quantised or not, tells the width of its input; Conv1D stores weights of shape (width, outputs).
+    return getattr(projection, "in_features", None) or projection.weight.shape[0]
+
+
+def _unwrapped(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split("."):
+        module = getattr(module, name)
+        module = module.base_layer if isinstance(module, EASLayer) else module
+    return module
+
+
+def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """Pre-hook of load_state_dict: refuses EAS weights that do not fit the model before any is copied.
+
+    An adapter may be absent as a whole, for a checkpoint holds only what is used, but not in part.
+
+    Raises:
+        ValueError: for weights of a layer that the model does not have, of another shape, or incomplete.
+    """
+    own = {f"{prefix}{key}": value for key, value in model.state_dict().items() if ".eas_" in key}
+    given = {key: value for key, value in state_dict.items() if ".eas_" in key and key.startswith(prefix)}
+    own_layers, given_layers = ({key.rpartition(".eas_")[0] for key in keys} for keys in (own, given))
+    problems = [f"it has weights for {name}, which is not in the model" for name in given_layers - own_layers]
+    problems += [
+        f"{key} has shape {tuple(given[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    adapters = {_adapter_key(key) for key in given if key in own}
+    problems += [f"{key} is missing" for key in own if key not in given and _adapter_key(key) in adapters]
+    if problems:
+        raise ValueError(
+            f"The file's EAS weights do not fit this model: {problems[0]} (problem 1 of {len(problems)}). Load them on "
+            "the base model, and with the adapter_config.json, that they were saved with."
+        )
+
+
+def _adapter_key(key: str) -> str:
+    """Up to and with the adapter's name: `….mlp.eas_pia.default`."""
+    layer, _, rest = key.rpartition(".eas_")
+    return f"{layer}.eas_{'.'.join(rest.split('.')[:2])}"
+
+
+def shorten(names: Iterable[str], most: int = 6) -> str:
+    """Names as a list to read, cut where it is long."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "") or "none"

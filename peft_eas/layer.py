@@ -1,0 +1,335 @@
+"""The wrappers that take a block's MHA, its norm and its FFN in hand.
+
+A candidate MHA has up to three wrappers: `MHALayer` around the attention, which computes it or leaves it out;
+`NormLayer` around the norm that only feeds it; `FFNLayer` around the FFN, in front of which the PIA stands. What they
+must agree on, above all which adapters skip the MHA, they share through one `Candidate`.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
+from .architectures import Architecture
+from .config import EASConfig
+from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
+from .merged import advance_cache, skipped_output
+from .peft_type import AdapterDict
+from .prompt import PROMPT_KEY, Prompt, read_context, write_context
+
+
+class Candidate:
+    """One MHA that may be skipped, as its wrappers share it.
+
+    Attributes:
+        name: full name of the MHA. block: full name of its block. architecture: the block's row of the table.
+        layer_idx: the MHA's slot of the KV cache, or None where there is none.
+        configs: by adapter name, the configs of the adapters that have this MHA as a target.
+        skipped_by: names of the adapters that skip it.
+        prompt, cache: what the MHA was called with, left for the FFN of the same forward pass, which gets neither.
+    """
+
+    def __init__(self, name: str, block: str, architecture: Architecture, layer_idx: int | None) -> None:
+        self.name = name
+        self.block = block
+        self.architecture = architecture
+        self.layer_idx = layer_idx
+        self.configs: dict[str, EASConfig] = {}
+        self.skipped_by: set[str] = set()
+        self.prompt: Prompt | None = None
+        self.cache: Cache | None = None
+
+
+class EASLayer(nn.Module, BaseTunerLayer):
+    """What the three wrappers have in common: PEFT's switches, and the wrapped module's attributes shining through."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.candidate = candidate
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def adapter_in_force(self) -> str | None:
+        """Name of the active adapter that has this MHA as a target, or None while adapters are disabled."""
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.candidate.configs), None)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the adapter in force skips the MHA."""
+        return self.adapter_in_force in self.candidate.skipped_by
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.candidate.configs.pop(adapter_name, None)
+        self.candidate.skipped_by.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # All wrappers of a candidate answer alike, also those that hold no weights of an adapter.
+        return sorted(self.candidate.configs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to fold; see `AdaptedLayer`."""
+
+    def unmerge(self) -> None:
+        """Nothing was folded; see `AdaptedLayer`."""
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Returns the wrapped module, with the adapters folded into it or with everything folded taken out again."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+        return self.base_layer
+
+
+class NormLayer(EASLayer):
+    """Around the norm that only feeds an MHA: not computed where the MHA is skipped."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the norm of `hidden_states`, or for a skipped MHA, which reads no values, `hidden_states`."""
+        return hidden_states if self.is_skipped else self.base_layer(hidden_states)
+
+
+class AdaptedLayer(EASLayer):
+    """A wrapper that holds an adapter in front of the projections of what it wraps."""
+
+    adapter_class: ClassVar[type[RoutedAdapter]]
+    # Whether the adapter is in use where the MHA is skipped (PIA) or where it is kept.
+    stands_for_skipped: ClassVar[bool]
+
+    def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
+        super().__init__(base_layer, candidate)
+        self.fold_records: dict[str, FoldRecord] = {}
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters by adapter name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    @property
+    def projections(self) -> dict[str, nn.Module]:
+        """By name within the block, the projections that read what the adapter returns."""
+        row = self.candidate.architecture
+        root, names = (row.ffn, row.ffn_projections) if self.stands_for_skipped else (row.mha, row.mha_projections)
+        return {name: self.base_layer.get_submodule(name.removeprefix(f"{root}.")) for name in names}
+
+    def add_adapter(self, adapter_name: str, config: EASConfig, width: int) -> None:
+        """Creates the adapter `adapter_name` for a model of width `width` if `config` can ever use it here."""
+        if not self._has_use(config):
+            return
+        self.adapters[adapter_name] = self.adapter_class(
+            width,
+            config.r if self.stands_for_skipped else config.attention_r,
+            groups=config.groups,
+            scale=config.scale,
+            router_temperature=config.router_temperature,
+            dropout=config.dropout,
+            init_weights=config.init_weights,
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        # A running mean in half precision would stop moving long before the end of a training run.
+        adapter = self.adapters[adapter_name]
+        adapter.running_context = adapter.running_context.float()
+
+    def _has_use(self, config: EASConfig) -> bool:
+        if not self.stands_for_skipped and config.attention_r == 0:
+            return False
+        if config.skipped_modules is None:
+            return bool(config.num_skip) or not self.stands_for_skipped
+        return (self.candidate.name in config.skipped_modules) == self.stands_for_skipped
+
+    def lacks_adapter(self, adapter_name: str, skip: bool) -> bool:
+        """Whether an adapter would be missing here if the MHA were skipped (`skip`) or kept."""
+        config = self.candidate.configs.get(adapter_name)
+        needed = config is not None and skip == self.stands_for_skipped and (skip or config.attention_r > 0)
+        return needed and adapter_name not in self.adapters
+
+    def drop_unused_adapter(self, adapter_name: str) -> None:
+        """Deletes the adapter `adapter_name` if the MHA, as it is skipped or kept now, has no use for it."""
+        if adapter_name in self.adapters and self.used_adapter(adapter_name) is None:
+            del self.adapters[adapter_name]
+
+    def used_adapter(self, adapter_name: str | None) -> RoutedAdapter | None:
+        """The adapter `adapter_name` if the MHA, as it is skipped or kept now, has a use for it; else None."""
+        is_skipped = adapter_name in self.candidate.skipped_by
+        if is_skipped != self.stands_for_skipped or adapter_name not in self.adapters:
+            return None
+        return self.adapters[adapter_name]
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the next forward pass takes this layer's context from the prompt."""
+        name = self.adapter_in_force
+        return not self.merged and self.used_adapter(name) is not None and self._takes_prompt(name)
+
+    def _takes_prompt(self, adapter_name: str) -> bool:
+        return self.candidate.configs[adapter_name].context == "prompt"
+
+    def _adapter_to_apply(self) -> RoutedAdapter | None:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return None if self.merged else self.used_adapter(self.adapter_in_force)
+
+    def _context(
+        self, adapter: RoutedAdapter, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, seen: int
+    ) -> torch.Tensor:
+        """The context for z, (B, T, d), of which the cache has seen `seen` tokens before: (B, d), or (1, d)."""
+        name = self.adapter_in_force
+        if not self._takes_prompt(name):
+            return adapter.running_context[None]
+        key = (name, self.stands_for_skipped)
+        if seen > 0:
+            context = read_context(cache, self.candidate.layer_idx, key)
+            if context is None:
+                raise ValueError(
+                    f"The KV cache holds {seen} tokens, but no context of the EAS adapter {name!r} for "
+                    f"{self.candidate.name}: it was filled with other adapters or another skip set. Start with a new "
+                    "cache after changing them, or use context='running'."
+                )
+            return context
+        prompt = prompt or Prompt(None)
+        of_text = self.candidate.architecture.kind != "vision"
+        context = prompt.mean(z) if of_text else z.float().mean(1)
+        if self.training and id(adapter) not in prompt.recorded:
+            adapter.record(context.detach())
+            prompt.recorded.add(id(adapter))
+        return context
+
+    def _keep_context(self, context: torch.Tensor, cache: Cache | None) -> None:
+        name = self.adapter_in_force
+        if self.candidate.layer_idx is not None and self._takes_prompt(name):
+            write_context(cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)
+
+    def low_rank_map(self, adapter_name: str) -> LowRankMap | None:
+        """What the adapter `adapter_name` is with its running context, or None if it has no use here."""
+        adapter = self.used_adapter(adapter_name)
+        return None if adapter is None else low_rank_map(adapter, adapter.running_context)
+
+    def check_fold(self, adapter_name: str, finite: bool) -> None:
+        """Raises if the adapter `adapter_name` cannot be folded, or with `finite` if it would leave a NaN.
+
+        Raises:
+            TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN or an infinity.
+        """
+        update = self.low_rank_map(adapter_name)
+        for name, projection in self.projections.items() if update is not None else ():
+            full_name = f"{self.candidate.block}.{name}"
+            check_projection(projection, full_name)
+            if finite and not fold_is_finite(projection, update):
+                raise ValueError(
+                    f"Folding the EAS adapter {adapter_name!r} would put NaN or infinity into {full_name}. Nothing "
+                    "was changed. Train again with a lower learning rate, or merge in a wider dtype."
+                )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Folds the one adapter of `adapter_names`, by default the one in force, unless one is folded already."""
+        name = adapter_names[0] if adapter_names else self.adapter_in_force
+        if self.merged or name is None:
+            return
+        self.check_fold(name, finite=safe_merge)
+        update = self.low_rank_map(name)
+        if update is not None:
+            self.fold_records = {path: fold(module, update) for path, module in self.projections.items()}
+        self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Takes what was folded out of the projections again."""
+        for path, record in self.fold_records.items():
+            unfold(self.projections[path], record)
+        self.fold_records = {}
+        self.merged_adapters.clear()
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        parameters = list(base_layer.parameters())
+        dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+        return (parameters[0].device if parameters else None), dtype
+
+
+class MHALayer(AdaptedLayer):
+    """Around an MHA: leaves it out where it is skipped, and adapts its input where it is kept."""
+
+    adapter_layer_names = ("eas_input",)
+    adapter_class = InputAdapter
+    stands_for_skipped = False
+
+    def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
+        super().__init__(base_layer, candidate)
+        self.eas_input = AdapterDict()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""
+        prompt = kwargs.pop(PROMPT_KEY, None)
+        adapter = self._adapter_to_apply()
+        if self.adapter_in_force is None:
+            return self.base_layer(*args, **kwargs)
+        z = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        cache = getattr(cache, "self_attention_cache", cache)
+        if self.is_skipped:
+            advance_cache(cache, self.candidate.layer_idx, z)
+            self.candidate.prompt, self.candidate.cache = prompt, cache
+            kept_norm = self.candidate.architecture.kept_norm
+            if kept_norm is None:
+                return skipped_output(z), None
+            norm = kept_norm.removeprefix(f"{self.candidate.architecture.mha}.")
+            return self.base_layer.get_submodule(norm)(z), None
+        if adapter is None:
+            return self.base_layer(*args, **kwargs)
+        seen = _length(cache, self.candidate.layer_idx) if self.needs_prompt else 0
+        context = self._context(adapter, z, prompt, cache, seen)
+        z = adapter(z, context)
+        output = self.base_layer(z, *args[1:], **kwargs) if args else self.base_layer(**{**kwargs, "hidden_states": z})
+        self._keep_context(context, cache)
+        return output
+
+
+class FFNLayer(AdaptedLayer):
+    """Around an FFN: puts the PIA in front of it where the block's MHA is skipped."""
+
+    adapter_layer_names = ("eas_pia",)
+    adapter_class = PropagationAdapter
+    stands_for_skipped = True
+
+    def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
+        super().__init__(base_layer, candidate)
+        self.eas_pia = AdapterDict()
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the FFN does."""
+        prompt, cache = self.candidate.prompt, self.candidate.cache
+        self.candidate.prompt = self.candidate.cache = None
+        adapter = self._adapter_to_apply()
+        if adapter is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        # The MHA's wrapper has counted this pass's tokens already.
+        seen = _length(cache, self.candidate.layer_idx) - hidden_states.shape[1] if self.needs_prompt and cache else 0
+        context = self._context(adapter, hidden_states, prompt, cache, seen)
+        self._keep_context(context, cache)
+        return self.base_layer(adapter(hidden_states, context), *args, **kwargs)
+
+
+def _length(cache: Cache | None, layer_idx: int | None) -> int:
+    return 0 if cache is None or layer_idx is None else int(cache.get_seq_length(layer_idx))

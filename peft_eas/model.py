@@ -1,0 +1,338 @@
+"""`EASModel`: puts the wrappers into a model, keeps the skip set, marks the prompt, and merges."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .checks import (
+    block_width,
+    check_base,
+    check_names,
+    check_skip_fields,
+    check_state_dict,
+    find_targets,
+    skippable_mhas,
+)
+from .config import EASConfig
+from .layer import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer
+from .merged import relative_name, turn_into_merged
+from .prompt import PromptHook
+
+# Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
+_TASKS_WITHOUT_ANSWER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+class EASModel(BaseTuner):
+    """A model with EAS adapters (arXiv 2403.15226). Made by `get_peft_model(model, EASConfig(...))`.
+
+    Beside PEFT's own methods: `candidates`, `skipped_modules`, `set_skipped_modules`, `fix_skipped_modules`,
+    `freeze_context`, `sync_context`. One adapter is active at a time.
+
+    Raises:
+        ValueError: for a config that does not fit the model; the model is left as it was.
+    """
+
+    prefix = "eas_"
+    tuner_layer_cls = EASLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    # --- injection -------------------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: EASConfig, model_config: dict) -> EASConfig:
+        return peft_config  # `_prepare_model` finds the targets, because it has the model to look at
+
+    def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
+        """Checks the config against the model before any change, and writes the targets and base shape into it."""
+        targets = find_targets(peft_config, model)
+        check_skip_fields(peft_config, list(targets))
+        peft_config.base_shape = check_base(peft_config, model, targets)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(targets)
+        if not hasattr(self, "_candidates"):
+            self._candidates: dict[str, Candidate] = {}
+            self._prompt_hook = PromptHook(self._needs_prompt, self._answer_in_input)
+            self._hook_handle = model.register_forward_pre_hook(self._prompt_hook, with_kwargs=True)
+            self.register_load_state_dict_pre_hook(check_state_dict)
+        added = {
+            name: Candidate(name, block, row, _layer_idx(model.get_submodule(name)))
+            for name, (block, row) in targets.items()
+            if name not in self._candidates
+        }
+        order = list(skippable_mhas(model))
+        self._candidates = dict(sorted({**self._candidates, **added}.items(), key=lambda item: order.index(item[0])))
+
+    def _create_and_replace(
+        self,
+        peft_config: EASConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        candidate = self._candidate_of(current_key)
+        if candidate is None or adapter_name in candidate.configs:
+            return
+        candidate.configs[adapter_name] = peft_config
+        if candidate.name in (peft_config.skipped_modules or ()):
+            candidate.skipped_by.add(adapter_name)
+        row = candidate.architecture
+        width = block_width(self.model, candidate.block, row)
+        for path, wrapper in ((row.mha, MHALayer), (row.ffn, FFNLayer), (row.input_norm, NormLayer)):
+            if path is None:
+                continue
+            name = f"{candidate.block}.{path}" if candidate.block else path
+            layer = self.model.get_submodule(name)
+            if not isinstance(layer, EASLayer):
+                layer = wrapper(layer, candidate)
+                layer.set_adapter(self.active_adapters)
+                self.model.set_submodule(name, layer)
+            if isinstance(layer, AdaptedLayer):
+                layer.add_adapter(adapter_name, peft_config, width)
+
+    def _candidate_of(self, key: str) -> Candidate | None:
+        """The candidate of an MHA's name, or of its FFN's: an adapter's file holds weights under either."""
+        if key in self._candidates:
+            return self._candidates[key]
+        ffns = {f"{c.block}.{c.architecture.ffn}": c for c in self._candidates.values()}
+        return ffns.get(key)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # The name of the adapter stands right behind the layer's attribute, before the adapter's own submodules.
+        head, separator, tail = key.rpartition(f".{cls.prefix}")
+        attribute, _, path = tail.partition(".")
+        if not separator or not path.startswith(f"{adapter_name}."):
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return f"{head}{separator}{attribute}.{path.removeprefix(f'{adapter_name}.')}"
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one adapter the active one; see PEFT.
+
+        Raises:
+            ValueError: for more than one, since two adapters may skip different MHAs.
+        """
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(
+                f"EAS runs one adapter at a time, but {list(adapter_name)} were to be active together. Set one."
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _layers(self) -> Iterator[EASLayer]:
+        return (module for module in self.model.modules() if isinstance(module, EASLayer))
+
+    def _adapted_layers(self) -> Iterator[AdaptedLayer]:
+        return (layer for layer in self._layers() if isinstance(layer, AdaptedLayer))
+
+    # --- prompt and context ----------------------------------------------------------------------------------------
+
+    def _needs_prompt(self) -> bool:
+        by_prompt = any(config.context == "prompt" for config in self.peft_config.values())
+        return by_prompt and any(layer.needs_prompt for layer in self._adapted_layers())
+
+    def _answer_in_input(self) -> bool:
+        decoders = any(candidate.architecture.kind == "decoder" for candidate in self._candidates.values())
+        return decoders and self._active_config.task_type not in _TASKS_WITHOUT_ANSWER
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
+        # PEFT enters this around `forward` and `generate`.
+        return self._prompt_hook.generation(*args, **kwargs)
+
+    def freeze_context(self) -> None:
+        """Switches the active adapter to context="running" for good: what is trained from here on is folded as it is.
+
+        Warns where no prompt was seen yet, so that the running mean is zero.
+        """
+        config = self._active_config
+        if config.context == "running":
+            return
+        self.sync_context()
+        adapters = [layer.used_adapter(self._active_name) for layer in self._adapted_layers()]
+        if any(int(adapter.num_contexts) == 0 for adapter in adapters if adapter is not None):
+            warnings.warn(
+                "freeze_context() before any training step: the running mean of the prompts is still zero for at "
+                "least one MHA. Train with context='prompt' first, so that it is known.",
+                stacklevel=2,
+            )
+        config.context = "running"
+
+    @torch.no_grad()
+    def sync_context(self) -> None:
+        """Makes the running contexts equal on all ranks, to their mean. Call once per optimizer step while training.
+
+        Without torch.distributed, and once the context is frozen, there is nothing to do.
+        """
+        if self._active_config.context == "running" or not torch.distributed.is_initialized():
+            return
+        adapters = [
+            layer.adapters[self._active_name]
+            for layer in self._adapted_layers()
+            if self._active_name in layer.adapters
+        ]
+        buffers = [adapter.running_context for adapter in adapters]
+        flat = torch.cat(buffers)
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for buffer, mean in zip(buffers, flat.split([len(buffer) for buffer in buffers])):
+            buffer.copy_(mean)
+
+    # --- skip set --------------------------------------------------------------------------------------------------
+
+    @property
+    def _active_name(self) -> str:
+        return self.active_adapters[0]
+
+    @property
+    def _active_config(self) -> EASConfig:
+        return self.peft_config[self._active_name]
+
+    @property
+    def candidates(self) -> list[str]:
+        """Full names of the MHAs that the active adapter may skip, in the model's order."""
+        return [name for name, candidate in self._candidates.items() if self._active_name in candidate.configs]
+
+    @property
+    def skipped_modules(self) -> list[str]:
+        """Full names of the MHAs that the active adapter skips now, in the model's order."""
+        return [name for name in self.candidates if self._active_name in self._candidates[name].skipped_by]
+
+    def set_skipped_modules(self, names: Sequence[str]) -> None:
+        """Skips exactly the MHAs `names`, full names, from the next forward pass on. Cheap; moves no weights.
+
+        Raises:
+            ValueError: for a name that is no candidate or is repeated, for an MHA whose adapter for being skipped (or
+                kept) was dropped, and while adapters are merged.
+        """
+        names = list(names)
+        check_names(names, self.candidates)
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError("The adapters are merged, so the skip set cannot change. Call unmerge_adapter() first.")
+        for layer in self._adapted_layers():
+            if layer.lacks_adapter(self._active_name, skip=layer.candidate.name in names):
+                state = "skipped" if layer.stands_for_skipped else "kept"
+                raise ValueError(
+                    f"{layer.candidate.name} has no adapter for being {state}: this EAS adapter was made for the skip "
+                    f"set {self._active_config.skipped_modules or []} alone. Make one with num_skip, and without "
+                    "skipped_modules, to choose among all candidates."
+                )
+        for name in self.candidates:
+            skipped_by = self._candidates[name].skipped_by
+            (skipped_by.add if name in names else skipped_by.discard)(self._active_name)
+        self._active_config.note_skipped_modules(self.skipped_modules)
+
+    def fix_skipped_modules(self, names: Sequence[str]) -> None:
+        """Ends the search with the MHAs `names`: writes them into the config and drops the adapters without use.
+
+        Raises:
+            ValueError: as `set_skipped_modules`; nothing is changed then.
+        """
+        self.set_skipped_modules(names)
+        config = self._active_config
+        config.skipped_modules = self.skipped_modules
+        config.num_skip = len(config.skipped_modules)
+        for layer in self._adapted_layers():
+            layer.drop_unused_adapter(self._active_name)
+
+    # --- merging ---------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds the active adapter into the weights in place; `unmerge_adapter` takes it out again.
+
+        Raises:
+            TypeError, ValueError: as `merge_and_unload`.
+        """
+        name = self._name_to_merge(adapter_names)
+        if name != self._active_name:
+            raise ValueError(
+                f"merge_adapter folds the active adapter, which is {self._active_name!r}, not {name!r}. Call "
+                f"set_adapter({name!r}) first, or merge_and_unload(adapter_names=[{name!r}])."
+            )
+        if any(layer.merged for layer in self._layers()):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return
+        self._check_merge(name, safe_merge)
+        super().merge_adapter(adapter_names=[name])
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if not any(self._layers()):
+            raise ValueError(
+                "This model's adapters are merged or unloaded already. Use the model that the first call returned."
+            )
+        record = None
+        if merge:
+            name = self._name_to_merge(adapter_names)
+            merged = {other for layer in self._layers() for other in layer.merged_adapters}
+            if merged - {name}:
+                raise ValueError(
+                    f"The adapter {name!r} cannot be merged into weights that {sorted(merged)} is merged into. Call "
+                    "unmerge_adapter() first."
+                )
+            self._check_merge(name, safe_merge)
+            record, adapter_names = self._record(name), [name]
+        model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        self._hook_handle.remove()
+        if record is not None and (record["skipped"] or record["biases"]):
+            turn_into_merged(model, record)
+        return model
+
+    def _name_to_merge(self, adapter_names: list[str] | None) -> str:
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        if len(names) != 1 or names[0] not in self.peft_config:
+            raise ValueError(
+                f"EAS merges one adapter, but adapter_names={names} was received. Adapters: {list(self.peft_config)}."
+            )
+        return names[0]
+
+    def _check_merge(self, name: str, finite: bool) -> None:
+        if self.peft_config[name].context == "prompt":
+            warnings.warn(
+                f"The EAS adapter {name!r} takes its context from each prompt (context='prompt'). Merging folds the "
+                "running mean of the prompts in its place, so the merged model's outputs differ from this one's. Call "
+                "freeze_context() before the last part of training (EASCallback does) for a merge that is exact.",
+                stacklevel=2,
+            )
+        for layer in self._adapted_layers():
+            if not layer.merged and name in layer.candidate.configs:
+                layer.check_fold(name, finite)
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """What a merge with the adapter `name` deletes and adds, as the merged model's config keeps it."""
+        record: dict[str, Any] = {"skipped": {}, "biases": []}
+        for layer in self._adapted_layers():
+            candidate, row = layer.candidate, layer.candidate.architecture
+            if isinstance(layer, MHALayer) and name in candidate.skipped_by:
+                norm = f"{candidate.block}.{row.input_norm}" if row.input_norm else None
+                record["skipped"][relative_name(self.model, candidate.name)] = {
+                    "layer_idx": candidate.layer_idx,
+                    "marker": next(path for path, _ in layer.base_layer.named_parameters()),
+                    "input_norm": norm and relative_name(self.model, norm),
+                    "kept_norm": row.kept_norm and row.kept_norm.removeprefix(f"{row.mha}."),
+                }
+            if layer.used_adapter(name) is not None:
+                for path, projection in layer.projections.items():
+                    folded = layer.fold_records.get(path)
+                    had_bias = folded.had_bias if folded else projection.bias is not None
+                    if not had_bias:
+                        record["biases"].append(relative_name(self.model, f"{candidate.block}.{path}"))
+        return record
+
+
+def _layer_idx(mha: nn.Module) -> int | None:
+    """The MHA's slot of the KV cache, which the attention itself knows."""
+    indices = (getattr(module, "layer_idx", None) for module in mha.modules())
+    return next((index for index in indices if isinstance(index, int)), None)

@@ -1,0 +1,230 @@
+"""Which tokens are the prompt, and where the context that is their mean is kept while a model generates.
+
+The mean m of the prompt (arXiv 2403.15226, section 3.3) is the one statistic of an adapter that depends on the
+sample. A pre-hook on the base model marks the prompt once per forward pass; the mark travels as a keyword argument to
+every MHA. Where a KV cache is used, each layer's context lives in that layer's own slot, so that it follows the
+sequence through beam search, reordering, and copies.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+PROMPT_KEY = "eas_prompt"
+PROMPT_MASK_KEY = "eas_prompt_mask"
+
+
+class Prompt:
+    """The prompt of one forward pass. `mask` is boolean, (B, T), True for prompt tokens; None means every token.
+
+    `recorded` names the adapters whose statistic has seen this pass, which gradient checkpointing computes twice.
+    """
+
+    def __init__(self, mask: torch.Tensor | None) -> None:
+        self.mask = mask
+        self.recorded: set[int] = set()
+
+    def mean(self, z: torch.Tensor) -> torch.Tensor:
+        """Mean over the prompt's tokens of z, shape (B, T, d), in float32, shape (B, d).
+
+        Raises:
+            ValueError: if the mask is for another number of tokens or sequences than z has.
+        """
+        if self.mask is None:
+            return z.float().mean(1)
+        if self.mask.shape != z.shape[:2]:
+            raise ValueError(
+                f"The prompt mask has shape {tuple(self.mask.shape)}, but the layer computes {tuple(z.shape[:2])} "
+                f"(sequences, tokens). Pass {PROMPT_MASK_KEY}, a boolean tensor of that shape, or use "
+                "context='running', which needs no prompt."
+            )
+        mask = self.mask.to(z.device)
+        return z.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def mask_from_labels(labels: torch.Tensor, attended: torch.Tensor | None) -> torch.Tensor:
+    """Prompt mask of a causal model in training: what is attended to before the first answer token.
+
+    Args:
+        labels: (B, T), −100 where no token is learnt. attended: (B, T) boolean, or None for no padding.
+
+    A sequence without a prompt has its first attended token in the prompt's place: it is never predicted, so nothing
+    of the answer leaks.
+    """
+    attended = torch.ones_like(labels, dtype=torch.bool) if attended is None else attended
+    before_answer = attended & ((labels != -100).cumsum(1) == 0)
+    first = attended & (attended.cumsum(1) == 1)
+    return before_answer | first
+
+
+def attended_tokens(attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
+    """(B, T) boolean mask of the attended among the current `num_tokens`, from any form that models are given.
+
+    Takes None (all), (B, ≥T), the 4-dimensional masks of `generate()` (boolean or additive) and dictionaries of these.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -num_tokens:].bool()
+    # The last query of a causal mask sees every token that is not padding.
+    last_query = attention_mask[:, 0, -1, :num_tokens]
+    return last_query if last_query.dtype == torch.bool else last_query == 0
+
+
+class PromptHook:
+    """Pre-hook on the base model that marks the prompt for the layers beneath.
+
+    Args:
+        is_needed: tells whether any layer takes its context from the prompt at present.
+        answer_in_input: whether labels mark an answer among the input's own tokens (causal language models), so that
+            they tell prompt from answer; otherwise all that is attended to is the prompt.
+    """
+
+    def __init__(self, is_needed: Callable[[], bool], answer_in_input: Callable[[], bool]) -> None:
+        self.is_needed = is_needed
+        self.answer_in_input = answer_in_input
+        self.was_used = False
+        self._generation: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._warned = False
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self.was_used = True
+        mask = kwargs.pop(PROMPT_MASK_KEY, None)
+        if not self.is_needed():
+            return args, kwargs
+        names = inspect.signature(module.forward).parameters if args else ()
+        inputs = {**dict(zip(names, args)), **kwargs}
+        cache = inputs.get("past_key_values")
+        if isinstance(cache, Cache) and cache.get_seq_length() > 0:
+            return args, kwargs  # every layer finds its context in its slot
+        mask = self._mask(module, inputs) if mask is None else mask.bool()
+        return args, {**kwargs, PROMPT_KEY: Prompt(mask)}
+
+    @contextmanager
+    def generation(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """While `generate(*args, **kwargs)` runs: the prompt is what it is given at its start.
+
+        In assisted decoding the first forward pass already holds candidate tokens, so that it cannot tell.
+
+        Raises:
+            ValueError: for chunked prefill, which computes the first chunk before the prompt is known.
+        """
+        tokens = next(
+            (kwargs[key] for key in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(key) is not None),
+            args[0] if args else None,
+        )
+        generation_config = kwargs.get("generation_config")
+        chunk = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
+        if chunk is not None and self.is_needed():
+            raise ValueError(
+                f"prefill_chunk_size={chunk} does not go with context='prompt': the first chunk needs the mean of "
+                "the whole prompt. Leave prefill_chunk_size out, or call freeze_context() on the model."
+            )
+        outer, self._generation = self._generation, None
+        if isinstance(tokens, torch.Tensor):
+            self._generation = (tokens, kwargs.get("attention_mask"))
+        try:
+            yield
+        finally:
+            self._generation = outer
+
+    def _mask(self, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+        tokens = next(
+            (inputs[key] for key in ("input_ids", "inputs_embeds") if isinstance(inputs.get(key), torch.Tensor)), None
+        )
+        if tokens is None:
+            return None
+        num_sequences, num_tokens = tokens.shape[:2]
+        attended = attended_tokens(inputs.get("attention_mask"), num_tokens)
+        if self.answer_in_input():
+            labels = inputs.get("labels")
+            if isinstance(labels, torch.Tensor) and labels.shape == tokens.shape[:2]:
+                return mask_from_labels(labels, attended)
+            if module.training:
+                self._warn_without_labels()
+        if self._generation is None:
+            return attended
+        prompt, given_mask = self._generation
+        length = prompt.shape[1]
+        if num_tokens < length:
+            raise ValueError(
+                f"The model was given {num_tokens} of the prompt's {length} tokens first. context='prompt' needs the "
+                "whole prompt in one pass; call freeze_context() on the model to go without."
+            )
+        if given_mask is not None and given_mask.dim() == 2:
+            # Beam search and several sequences per prompt repeat the prompts.
+            attended = given_mask.bool().repeat_interleave(num_sequences // given_mask.shape[0], dim=0)
+            attended = nn.functional.pad(attended, (0, num_tokens - length))
+        elif attended is None:
+            attended = torch.ones(num_sequences, num_tokens, dtype=torch.bool, device=tokens.device)
+        return attended & (torch.arange(num_tokens, device=attended.device) < length)
+
+    def _warn_without_labels(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "EAS with context='prompt' trains without labels in the model's inputs, so that the prompt cannot be "
+                "told from the answer: all attended tokens count as the prompt, and the adapters see the answer. "
+                f"Pass {PROMPT_MASK_KEY} (boolean, the shape of input_ids) beside the inputs, or train with "
+                "context='running'.",
+                stacklevel=2,
+            )
+
+
+@functools.cache
+def _slot_class(base: type) -> type:
+    """A class of cache layer that carries contexts beside what `base` holds, so that they follow the sequences.
+
+    `eas_contexts` maps (adapter name, whether the MHA is skipped) to a context of shape (B, d).
+    """
+
+    class ContextSlot(base):
+        eas_contexts: dict[tuple[str, bool], torch.Tensor]
+
+        def _change_contexts(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            self.eas_contexts = {key: change(context) for key, context in self.eas_contexts.items()}
+
+        def reset(self) -> None:
+            super().reset()
+            self.eas_contexts = {}
+
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._change_contexts(lambda context: context.index_select(0, beam_idx.to(context.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._change_contexts(lambda context: context.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: torch.Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._change_contexts(lambda context: context[indices])
+
+    ContextSlot.__name__ = ContextSlot.__qualname__ = base.__name__
+    return ContextSlot
+
+
+def read_context(cache: Cache | None, layer_idx: int, key: tuple[str, bool]) -> torch.Tensor | None:
+    """The context that layer `layer_idx` keeps in `cache` under `key`, shape (B, d), or None."""
+    slot = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    return getattr(slot, "eas_contexts", {}).get(key)
+
+
+def write_context(cache: Cache | None, layer_idx: int, key: tuple[str, bool], context: torch.Tensor) -> None:
+    """Keeps `context`, shape (B, d), in the slot that layer `layer_idx` has in `cache`."""
+    if cache is None:
+        return
+    slot = cache.layers[layer_idx]
+    if not hasattr(slot, "eas_contexts"):
+        slot.__class__ = _slot_class(type(slot))
+        slot.eas_contexts = {}
+    slot.eas_contexts[key] = context
