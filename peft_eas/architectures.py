@@ -22,6 +22,8 @@ class Architecture:
         ffn_projections: the projections that read the FFN's input.
         input_norm: the norm that only feeds the MHA and is deleted with it (pre-norm blocks), or None.
         kept_norm: the norm inside the MHA that a skipped block still applies, y = norm(x) (post-norm blocks), or None.
+        core: the part of the MHA that holds its projections, where the MHA also reads its input for a residual, which
+            its adapter must not touch (post-norm blocks); or None.
         kind: which tokens are the prompt: "decoder", those before the answer; "encoder", all that are attended to;
             "vision", all.
     """
@@ -32,6 +34,7 @@ class Architecture:
     ffn_projections: tuple[str, ...]
     input_norm: str | None = None
     kept_norm: str | None = None
+    core: str | None = None
     kind: Literal["decoder", "encoder", "vision"] = "decoder"
 
 
@@ -61,6 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn="intermediate",
         ffn_projections=("intermediate.dense",),
         kept_norm="attention.output.LayerNorm",
+        core="attention.self",
         kind="encoder",
     ),
     "ViTLayer": Architecture(

@@ -172,8 +172,8 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
     problems += [f"{key} is missing" for key in own if key not in given and _adapter_key(key) in adapters]
     if problems:
         raise ValueError(
-            f"The file's EAS weights do not fit this model: {problems[0]} (problem 1 of {len(problems)}). Load them on "
-            "the base model, and with the adapter_config.json, that they were saved with."
+            f"The file's EAS weights do not fit this model: {problems[0]} (problem 1 of {len(problems)}). Load them "
+            "on the base model, and with the adapter_config.json, that they were saved with."
         )
 
 

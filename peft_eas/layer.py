@@ -300,10 +300,24 @@ class MHALayer(AdaptedLayer):
             return self.base_layer(*args, **kwargs)
         seen = _length(cache, self.candidate.layer_idx) if self.needs_prompt else 0
         context = self._context(adapter, z, prompt, cache, seen)
-        z = adapter(z, context)
-        output = self.base_layer(z, *args[1:], **kwargs) if args else self.base_layer(**{**kwargs, "hidden_states": z})
+        output = self._call_with_input(adapter(z, context), args, kwargs)
         self._keep_context(context, cache)
         return output
+
+    def _call_with_input(self, z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Calls the MHA with z as the input of its projections; a residual inside it keeps the input it was given."""
+        core = self.candidate.architecture.core
+        if core is None:
+            args, kwargs = _replace_hidden_states(z, args, kwargs)
+            return self.base_layer(*args, **kwargs)
+        core = self.base_layer.get_submodule(core.removeprefix(f"{self.candidate.architecture.mha}."))
+        handle = core.register_forward_pre_hook(
+            lambda _, *inputs: _replace_hidden_states(z, *inputs), with_kwargs=True
+        )
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            handle.remove()
 
 
 class FFNLayer(AdaptedLayer):
@@ -329,6 +343,10 @@ class FFNLayer(AdaptedLayer):
         context = self._context(adapter, hidden_states, prompt, cache, seen)
         self._keep_context(context, cache)
         return self.base_layer(adapter(hidden_states, context), *args, **kwargs)
+
+
+def _replace_hidden_states(z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
 
 
 def _length(cache: Cache | None, layer_idx: int | None) -> int:

@@ -234,7 +234,7 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
         if mapping is None or config_class in mapping or stock not in mapping:
             continue
         model_class = mapping[stock]
-        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        if getattr(model_class, "config_class", None) is stock:
             auto_class.register(config_class, merged_model_class(model_class))
 
 
