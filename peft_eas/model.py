@@ -57,7 +57,7 @@ class EASModel(BaseTuner):
             self._candidates: dict[str, Candidate] = {}
             self._prompt_hook = PromptHook(self._needs_prompt, self._answer_in_input)
             self._hook_handle = model.register_forward_pre_hook(self._prompt_hook, with_kwargs=True)
-            self.register_load_state_dict_pre_hook(check_state_dict)
+            self.register_load_state_dict_pre_hook(EASModel._refuse_unfit_weights)
         added = {
             name: Candidate(name, block, row, _layer_idx(model.get_submodule(name)))
             for name, (block, row) in targets.items()
@@ -114,6 +114,15 @@ class EASModel(BaseTuner):
         if not separator or not path.startswith(f"{adapter_name}."):
             return super()._remove_adapter_name_from_key(key, adapter_name)
         return f"{head}{separator}{attribute}.{path.removeprefix(f'{adapter_name}.')}"
+
+    def _refuse_unfit_weights(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Pre-hook of load_state_dict. A base that was wrapped only for these weights is given back as it was."""
+        try:
+            check_state_dict(self, state_dict, prefix)
+        except ValueError:
+            if len(self.peft_config) == 1 and not self._prompt_hook.was_used:
+                self.unload()
+            raise
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes one adapter the active one; see PEFT.

@@ -75,9 +75,9 @@ def attended_tokens(attention_mask: Any, num_tokens: int) -> torch.Tensor | None
         return None
     if attention_mask.dim() == 2:
         return attention_mask[:, -num_tokens:].bool()
-    # The last query of a causal mask sees every token that is not padding.
-    last_query = attention_mask[:, 0, -1, :num_tokens]
-    return last_query if last_query.dtype == torch.bool else last_query == 0
+    # Every token that is not padding sees itself, in a causal mask as in one of a sliding window.
+    itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :num_tokens]
+    return itself if itself.dtype == torch.bool else itself == 0
 
 
 class PromptHook:

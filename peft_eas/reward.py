@@ -1,0 +1,159 @@
+"""The held-out batches that the search is rewarded on: where they come from, and the loss of a skip set on them."""
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Subset
+from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+# A slice of the training set, where one has to do: enough for a batch of its own in most rounds, little to train on.
+HELD_BACK_FRACTION, HELD_BACK_MOST = 0.05, 512
+# Of a reward set without a length, as many sequences are read at the start and kept.
+STREAMED_MOST = 512
+
+
+def hold_back(dataset: Any, seed: int) -> tuple[Any, Any] | None:
+    """Splits 5 % of a training set off, at most 512 samples, drawn by `seed`: (the rest, the slice).
+
+    Returns None for a set that is read as a stream, or has fewer than two samples.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or len(dataset) < 2:
+        return None
+    size = min(HELD_BACK_MOST, max(1, round(HELD_BACK_FRACTION * len(dataset))))
+    held = set(random.Random(seed).sample(range(len(dataset)), size))
+    rest = [index for index in range(len(dataset)) if index not in held]
+    # A Hugging Face dataset keeps its columns, by which Trainer groups and filters, only under its own `select`.
+    select = getattr(dataset, "select", None) or (lambda indices: Subset(dataset, indices))
+    return select(rest), select(sorted(held))
+
+
+def choose_reward_set(trainer: Trainer, given: Any, held_back: Any, seed: int) -> "RewardSet":
+    """The set to compute rewards on: the one given, else the eval set, else what was held back from training.
+
+    Raises:
+        ValueError: if there is none of these and none can be taken from the training set, or if it is unusable.
+    """
+    evaluation = trainer.eval_dataset
+    if isinstance(evaluation, dict):
+        evaluation = next(iter(evaluation.values()), [])
+    for dataset, source in (
+        (given, "reward_dataset"),
+        (evaluation, "eval set"),
+        (held_back, "held-back part of the training set"),
+    ):
+        if dataset is not None:
+            return RewardSet(trainer, dataset, source, seed)
+    split = hold_back(trainer.train_dataset, seed)
+    if split is None:
+        raise ValueError(
+            "The search has nothing to compute rewards on: there is no reward_dataset, no eval set, and no slice can "
+            "be held back from a training set that is a stream or has one sample. Pass "
+            "EASCallback(reward_dataset=...)."
+        )
+    logger.warning(
+        "EAS: rewards are computed on %d training samples, which are trained on as well, because EASCallback was added "
+        "after Trainer was made. Pass it as Trainer(callbacks=[...]) to have them held back.",
+        len(split[1]),
+    )
+    return RewardSet(trainer, split[1], "part of the training set", seed)
+
+
+class RewardSet:
+    """Batches of a held-out set and the losses of skip sets on them.
+
+    The set is gone through in a random order that depends on `seed` alone, a batch per round, again and again; a batch
+    is found by its round's number, so that there is nothing to save for a resumed run. Each rank takes a batch of its
+    own, of `per_device_eval_batch_size` sequences.
+
+    Args:
+        trainer: collates the batches and computes the loss, as for its own evaluation.
+        dataset: what the batches are taken from.
+        source: what `dataset` is, in words.
+        seed: of the order, and of whatever is random in loading a sample.
+
+    Raises:
+        ValueError: if the set is empty, or a batch of it has no labels to compute a loss from.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: Any, source: str, seed: int) -> None:
+        self.trainer = trainer
+        self.source = source
+        self.seed = seed
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            dataset = list(islice(dataset, STREAMED_MOST))
+        if len(dataset) == 0:
+            raise ValueError(
+                f"The search has nothing to compute rewards on: the {source} is empty. Pass "
+                "EASCallback(reward_dataset=...) or Trainer(eval_dataset=...) with at least one sample that is not "
+                "trained on."
+            )
+        # Trainer's loader for a test set knows the collator and the columns to remove. Only these are used: it is
+        # never iterated, so that no worker is started and no random state is touched.
+        loader = trainer.get_test_dataloader(dataset)
+        self._samples: Dataset = loader.dataset
+        self._collate = loader.collate_fn
+        self._order = random.Random(seed).sample(range(len(dataset)), len(dataset))
+        self._check_labels(self._batch(0))
+
+    def losses(self, sets: Sequence[Sequence[str]], number: int) -> list[float]:
+        """Loss of each skip set on the batch of round `number`, without gradients, as the mean over all ranks.
+
+        The model computes in evaluation mode, under the mixed precision it is trained with. Its mode, its running
+        contexts and all random states are afterwards what they were; its skip set is the last of `sets`.
+        """
+        model = self.trainer.model
+        was_training = model.training
+        losses = []
+        with preserved_random_state(self.seed + number):
+            batch = self._batch(number)
+            model.eval()
+            try:
+                for names in sets:
+                    model.base_model.set_skipped_modules(names)
+                    # A copy, as label smoothing takes the labels out.
+                    losses.append(self.trainer.prediction_step(model, dict(batch), prediction_loss_only=True)[0])
+            finally:
+                model.train(was_training)
+        on_ranks = self.trainer.accelerator.gather(torch.stack(losses).float()[None])
+        # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
+        return on_ranks.double().cpu().mean(0).tolist()
+
+    def _batch(self, number: int) -> dict[str, Any]:
+        args = self.trainer.args
+        size = min(args.eval_batch_size, len(self._order))
+        start = (number * args.world_size + args.process_index) * size
+        return self._collate([self._samples[self._order[i % len(self._order)]] for i in range(start, start + size)])
+
+    def _check_labels(self, batch: dict[str, Any]) -> None:
+        names = self.trainer.label_names
+        if all(batch.get(name) is not None for name in names) and (names or self.trainer.can_return_loss):
+            return
+        raise ValueError(
+            f"The {self.source} gives no loss to compute rewards from: its batches have {sorted(batch)}, but "
+            f"label_names are {names}. Give it labels, or set TrainingArguments(label_names=...) to what they are "
+            "called."
+        )
+
+
+@contextlib.contextmanager
+def preserved_random_state(seed: int) -> Iterator[None]:
+    """Seeds all random states inside, and gives them back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

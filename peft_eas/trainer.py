@@ -1,0 +1,90 @@
+"""What `EASCallback` must know about transformers' Trainer, and do to it, beyond what its events offer."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from .model import EASModel
+
+
+def calling_trainer() -> Trainer:
+    """The Trainer whose event is being handled.
+
+    Trainer tells a callback neither about itself nor, before the first evaluation, about its eval set; but only it
+    knows how its batches are collated and its loss is computed. It is found among the callers.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    raise RuntimeError(
+        "EASCallback was called from outside a transformers.Trainer. Pass it as Trainer(callbacks=[EASCallback()]), "
+        "or write a loop of your own with AttentionBandit and EASModel.set_skipped_modules."
+    )
+
+
+def move_to_front(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Puts a callback in front of the others, so that report tools are given what it adds to the log."""
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+
+
+def describe_progress(trainer: Trainer, text: str) -> None:
+    """Writes `text` in front of Trainer's progress bar, where there is one."""
+    for callback in trainer.callback_handler.callbacks:
+        bar = getattr(callback, "training_bar", None)
+        if bar is not None:
+            bar.set_description(text)
+
+
+def check_labels_reach_model(trainer: Trainer, eas: EASModel) -> None:
+    """Raises a ValueError where Trainer keeps the labels from a model whose context is the prompt.
+
+    With remove_unused_columns=False a batch may bring `eas_prompt_mask` instead; the model warns if it does not.
+    """
+    if not eas._answer_in_input() or not trainer.args.remove_unused_columns:
+        return
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        option = f"label_smoothing_factor={trainer.args.label_smoothing_factor}"
+        option = option if trainer.compute_loss_func is None else "compute_loss_func"
+        raise ValueError(
+            f"With {option}, Trainer takes the labels out of the model's inputs, and context='prompt' cannot tell the "
+            "prompt from the answer: the adapters would see what they are to predict. Leave it out, set "
+            "EASConfig(context='running'), or add eas_prompt_mask (boolean, the shape of input_ids) to the batches "
+            "and set remove_unused_columns=False."
+        )
+
+
+def saved_record(state: TrainerState, name: str) -> dict[str, Any] | None:
+    """The record of the checkpoint that is resumed, or None: in a new run, and where it ran without a search."""
+    saved = state.stateful_callbacks.get(name, {}) if state.global_step > 0 else {}
+    if isinstance(saved, list):
+        raise ValueError(f"The checkpoint holds {len(saved)} {name}s. Train with one, and resume with one.")
+    return saved.get("record")
+
+
+def retire_dropped_parameters(optimizer: Any, model: nn.Module) -> None:
+    """Freezes the parameters that are no longer in the model but still in the optimizer, and lets them stay there.
+
+    On resuming, Trainer makes the optimizer for a model that still has every adapter, loads the saved optimizer state
+    into it, and only then calls a callback. Both fit each other because neither ever leaves a parameter out. Without
+    gradients they are never touched again; they are few, and the adapter's checkpoint does not hold them.
+    """
+    in_model = {id(parameter) for parameter in model.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in in_model:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+def forget_best_checkpoint(state: TrainerState) -> None:
+    """Lets `load_best_model_at_end` choose among the checkpoints from here on: the earlier are of another model."""
+    state.best_metric = state.best_model_checkpoint = state.best_global_step = None

@@ -1,0 +1,179 @@
+"""Tiny models of every family, and what most tests do with them.
+
+Set PEFT_EAS_TEST_DEVICE to run everything on another device, such as "cuda".
+"""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_eas import EASConfig
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB, WIDTH, LAYERS, WINDOW = 61, 32, 4, 6
+IMAGE_TOKEN = 60
+
+# Weights are drawn wide, so that attention is sharp and a wrong position, mask or window shows in the logits.
+_DECODER = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+_ENCODER = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+    max_position_embeddings=64, initializer_range=0.3, num_labels=3, hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0, pad_token_id=0,
+)  # fmt: skip
+_GPT2 = dict(
+    vocab_size=VOCAB, n_embd=WIDTH, n_inner=48, n_layer=LAYERS, n_head=4, n_positions=128, initializer_range=0.3,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
+_VISION = dict(
+    hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, image_size=16,
+    patch_size=8, initializer_range=0.3,
+)  # fmt: skip
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+def _llava() -> transformers.LlavaConfig:
+    return transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_DECODER),
+        vision_config=transformers.CLIPVisionConfig(**_VISION),
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+    )
+
+
+# One line per family: what makes its config, and the class with a head that is built from it.
+FAMILIES: dict[str, tuple[Callable[[], transformers.PreTrainedConfig], str]] = {
+    "llama": (lambda: transformers.LlamaConfig(**_DECODER), "LlamaForCausalLM"),
+    "mistral": (lambda: transformers.MistralConfig(**_DECODER, sliding_window=WINDOW), "MistralForCausalLM"),
+    "qwen2": (
+        lambda: transformers.Qwen2Config(
+            **_DECODER, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=0, layer_types=_MIXED
+        ),
+        "Qwen2ForCausalLM",
+    ),
+    "qwen3": (lambda: transformers.Qwen3Config(**_DECODER, head_dim=8), "Qwen3ForCausalLM"),
+    "gpt2": (lambda: transformers.GPT2Config(**_GPT2), "GPT2LMHeadModel"),
+    "llava": (_llava, "LlavaForConditionalGeneration"),
+    "bert": (lambda: transformers.BertConfig(**_ENCODER), "BertForSequenceClassification"),
+    "vit": (lambda: transformers.ViTConfig(**_VISION, num_labels=3), "ViTForImageClassification"),
+}
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+ALL = list(FAMILIES)
+# Which of the four MHAs are skipped.
+SKIPS = {"none": [], "first": [0], "half": [0, 2], "last": [3], "all": [0, 1, 2, 3]}
+
+_MHA_NAMES = {
+    "gpt2": "transformer.h.{}.attn",
+    "bert": "bert.encoder.layer.{}.attention",
+    "vit": "vit.layers.{}.attention",
+    "llava": "model.language_model.layers.{}.self_attn",
+}
+_TASKS = {"bert": "SEQ_CLS", "vit": None}
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tests run."""
+    return os.environ.get("PEFT_EAS_TEST_DEVICE", "cpu")
+
+
+def mha_names(family: str, layers: list[int] | range = range(LAYERS)) -> list[str]:
+    """Full names of the MHAs of `layers` (in Llava: of the text model)."""
+    return [_MHA_NAMES.get(family, "model.layers.{}.self_attn").format(i) for i in layers]
+
+
+def build_model(family: str, device: str = "cpu", model_class: str | None = None, seed: int = 0, **changes):
+    """A tiny model of `family` in evaluation mode; the same weights for the same seed. `changes` go to its config."""
+    make_config, stock_class = FAMILIES[family]
+    config = make_config()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class or stock_class)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms that differ, and biases that are not zero
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.to(device).eval()
+
+
+def add_eas(
+    model: PreTrainedModel, family: str, skip: list[int], context: str = "prompt", warm: bool = True, **options
+) -> PeftModel:
+    """Adapters that are not the identity on `model`, with the MHAs of the layers `skip` skipped, in evaluation mode.
+
+    With `warm` the running contexts have seen two batches.
+    """
+    defaults = {
+        "task_type": _TASKS.get(family, "CAUSAL_LM"),
+        "skipped_modules": mha_names(family, skip),
+        "r": 8,
+        "attention_r": 4,
+        "dropout": 0.0,
+        "init_weights": False,
+    }
+    config = EASConfig(**{**defaults, **options}, context="prompt")
+    torch.manual_seed(1)
+    model = get_peft_model(model, config)
+    if warm:
+        warm_up(model, family)
+    if context == "running":
+        model.freeze_context()
+    return model.eval()
+
+
+def make_eas(family: str, device: str, skip: list[int], context: str = "prompt", **options) -> PeftModel:
+    """`add_eas` on a new model of `family`."""
+    return add_eas(build_model(family, device), family, skip, context, **options)
+
+
+@torch.no_grad()
+def warm_up(model: nn.Module, family: str) -> None:
+    """Lets the running contexts see two training batches."""
+    model.train()
+    for seed in (100, 101):
+        inputs = make_inputs(family, next(model.parameters()).device, seed=seed)
+        if family in (*DECODERS, "llava"):  # the last four tokens are the answer
+            labels = inputs["input_ids"].clone()
+            labels[:, :-4] = -100
+            inputs["labels"] = labels
+        model(**inputs)
+    model.eval()
+
+
+def make_inputs(family: str, device: str | torch.device, batch: int = 2, length: int = 12, seed: int = 0) -> dict:
+    """Inputs of `family` without labels or padding."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    if family in ("vit", "llava"):
+        inputs["pixel_values"] = torch.randn(batch, 3, 16, 16, generator=generator)
+    if family != "vit":
+        ids = torch.randint(1, IMAGE_TOKEN, (batch, length), generator=generator)
+        if family == "llava":
+            ids[:, 1:5] = IMAGE_TOKEN
+        inputs["input_ids"] = ids
+        inputs["attention_mask"] = torch.ones_like(ids)
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
+    """What `model` says to `inputs`."""
+    output = model(**inputs)
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value expected."""
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
