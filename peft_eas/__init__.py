@@ -5,6 +5,8 @@ from peft.utils import register_peft_method
 
 from .adapter import InputAdapter, PropagationAdapter
 from .architectures import ARCHITECTURES, Architecture
+from .bandit import AttentionBandit
+from .callback import EASCallback
 from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
 
@@ -16,6 +18,8 @@ if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:  # harmless when the package is
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "AttentionBandit",
+    "EASCallback",
     "EASConfig",
     "EASModel",
     "InputAdapter",

@@ -130,8 +130,8 @@ class EASCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Holds a slice of the training set back if rewards have to be computed on it."""
-        trainer = calling_trainer()
-        if self.reward_dataset is not None or trainer.eval_dataset is not None or not _needs_search(_eas_of(model)):
+        trainer, eas = calling_trainer(), _eas_of(model)
+        if self.reward_dataset is not None or trainer.eval_dataset is not None or not _needs_search(eas):
             return
         split = hold_back(trainer.train_dataset, self._seed(args)) if trainer.train_dataset is not None else None
         if split is not None:
@@ -299,7 +299,7 @@ class EASCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             os.makedirs(args.output_dir, exist_ok=True)
             with open(os.path.join(args.output_dir, SEARCH_FILE), "w", encoding="utf-8") as file:
-                json.dump(self.record, file, indent=1)
+                json.dump(self.record, file, indent=1, sort_keys=True)  # as in trainer_state.json
 
     def _freeze_if_due(self, eas: EASModel, state: TrainerState) -> None:
         due = self._freeze_step is not None and self._freeze_step <= state.global_step

@@ -59,7 +59,7 @@ def choose_reward_set(trainer: Trainer, given: Any, held_back: Any, seed: int) -
             "EASCallback(reward_dataset=...)."
         )
     logger.warning(
-        "EAS: rewards are computed on %d training samples, which are trained on as well, because EASCallback was added "
+        "EAS: rewards are computed on %d training samples that are trained on as well, because EASCallback was added "
         "after Trainer was made. Pass it as Trainer(callbacks=[...]) to have them held back.",
         len(split[1]),
     )
@@ -88,7 +88,8 @@ class RewardSet:
         self.source = source
         self.seed = seed
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            dataset = list(islice(dataset, STREAMED_MOST))
+            with preserved_random_state(seed):
+                dataset = list(islice(dataset, STREAMED_MOST))
         if len(dataset) == 0:
             raise ValueError(
                 f"The search has nothing to compute rewards on: the {source} is empty. Pass "
@@ -101,7 +102,8 @@ class RewardSet:
         self._samples: Dataset = loader.dataset
         self._collate = loader.collate_fn
         self._order = random.Random(seed).sample(range(len(dataset)), len(dataset))
-        self._check_labels(self._batch(0))
+        with preserved_random_state(seed):
+            self._check_labels(self._batch(0))
 
     def losses(self, sets: Sequence[Sequence[str]], number: int) -> list[float]:
         """Loss of each skip set on the batch of round `number`, without gradients, as the mean over all ranks.

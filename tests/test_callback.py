@@ -1,0 +1,232 @@
+"""The course of a run with `EASCallback`: phases, log, what evaluations and checkpoints see, settings refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import LAYERS, build_model
+from safetensors.torch import load_file
+from training import NAMES, SCHEDULE, Sentences, Watcher, make_model, make_trainer, refuse
+from transformers import TrainerCallback
+
+from peft_eas import EASCallback
+
+# --- the course of a run -------------------------------------------------------------------------------------------
+
+
+def test_a_run_samples_then_fixes_then_freezes(tmp_path):
+    watcher = Watcher()
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), watcher=watcher)
+    trainer.train()
+    eas = trainer.model.base_model
+    config = trainer.model.peft_config["default"]
+    assert len(watcher.in_steps) == 20
+    assert all(len(names) == 2 for names in watcher.in_steps)
+    assert len(set(watcher.in_steps[:12])) > 1
+    assert set(watcher.in_steps[12:]) == {tuple(eas.skipped_modules)}
+    assert config.skipped_modules == eas.skipped_modules
+    assert config.context == "running"
+    log = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    phases = [log[step]["eas/phase"] for step in range(1, 21)]
+    assert phases == ["warm-up"] * 3 + ["search"] * 8 + ["tune"] * 4 + ["frozen"] * 5
+
+
+def test_rounds_compare_distinct_sets_at_their_steps(tmp_path):
+    watcher = Watcher()
+    make_trainer(tmp_path, EASCallback(**SCHEDULE), watcher=watcher).train()
+    record = json.loads((tmp_path / "eas_search.json").read_text())
+    assert [entry["step"] for entry in record["bandit"]["rounds"]] == [6, 8, 10, 12]
+    assert all(len(set(entry["sets"])) == 3 for entry in record["bandit"]["rounds"])
+    # No other evaluation ran: the model has seen exactly the sets of the rounds.
+    drawn = [text for entry in record["bandit"]["rounds"] for text in entry["sets"]]
+    assert watcher.in_evaluation == [tuple(NAMES[int(index)] for index in text.split()) for text in drawn]
+
+
+def test_the_log_of_training_holds_the_search(tmp_path):
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE))
+    given = []
+
+    class Report(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            given.append(dict(logs))
+
+    trainer.callback_handler.callbacks.insert(0, Report())  # where report_to puts its tools
+    trainer.train()
+    log = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    assert log[1]["eas/entropy"] == pytest.approx(torch.tensor(float(LAYERS)).log().item())
+    assert "eas/loss" not in log[1]
+    assert log[12]["eas/reward"] == pytest.approx(torch.tensor(-log[12]["eas/loss"]).exp().item(), rel=0.2)
+    assert log[20]["eas/best"] == ", ".join(trainer.model.base_model.skipped_modules)
+    reported = [entry for entry in given if "loss" in entry]
+    assert all("eas/entropy" in entry and "eas/best" not in entry for entry in reported)
+
+
+def test_the_progress_bar_names_the_phase(tmp_path, capsys):
+    make_trainer(tmp_path, EASCallback(**SCHEDULE)).train()
+    shown = capsys.readouterr().err
+    assert all(f"EAS {phase}" in shown for phase in ("warm-up", "search", "tune", "frozen"))
+
+
+def test_the_set_is_constant_over_the_micro_batches_of_a_step(tmp_path):
+    watcher = Watcher()
+    trainer = make_trainer(
+        tmp_path, EASCallback(**SCHEDULE), watcher=watcher, gradient_accumulation_steps=3, train_dataset=Sentences(300)
+    )
+    trainer.train()
+    steps = [watcher.in_steps[i : i + 3] for i in range(0, 60, 3)]
+    assert len(watcher.in_steps) == 60
+    assert all(len(set(micro_batches)) == 1 for micro_batches in steps)
+
+
+def test_fractions_and_epochs(tmp_path):
+    """64 samples in batches of 4 make 16 steps an epoch: 32 in all, search to 16, warm-up to 8, freeze at 24."""
+    callback = EASCallback(search_steps=0.5, warmup_steps=0.25, interval=4, freeze_context_at=0.75)
+    trainer = make_trainer(tmp_path, callback, max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    log = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    phases = [log[step]["eas/phase"] for step in range(1, 33)]
+    assert phases == ["warm-up"] * 7 + ["search"] * 8 + ["tune"] * 8 + ["frozen"] * 9
+    record = json.loads((tmp_path / "eas_search.json").read_text())
+    assert [entry["step"] for entry in record["bandit"]["rounds"]] == [12, 16]
+
+
+def test_an_ordinary_run_works_with_the_defaults(tmp_path):
+    trainer = make_trainer(tmp_path, EASCallback(), max_steps=100)
+    trainer.train()
+    assert len(trainer.model.peft_config["default"].skipped_modules) == 2
+    assert trainer.model.peft_config["default"].context == "running"
+
+
+def test_given_modules_leave_nothing_to_search(tmp_path):
+    model = make_model(num_skip=None, skipped_modules=[NAMES[1]])
+    watcher = Watcher()
+    trainer = make_trainer(tmp_path, EASCallback(), model, watcher, eval_dataset=None)
+    trainer.train()
+    assert set(watcher.in_steps) == {(NAMES[1],)}
+    assert watcher.in_evaluation == []
+    assert model.peft_config["default"].context == "running"
+    assert not (tmp_path / "eas_search.json").exists()
+
+
+@pytest.mark.parametrize("num_skip", [0, LAYERS])
+def test_nothing_to_choose_needs_no_search(tmp_path, num_skip):
+    model = make_model(num_skip=num_skip)
+    watcher = Watcher()
+    make_trainer(tmp_path, EASCallback(), model, watcher).train()
+    assert set(watcher.in_steps) == {tuple(NAMES[:num_skip])}
+    assert watcher.in_evaluation == []
+
+
+def test_training_again_keeps_what_the_first_run_found(tmp_path):
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE))
+    trainer.train()
+    found = trainer.model.base_model.skipped_modules
+    trainer.train()
+    assert trainer.model.base_model.skipped_modules == found
+
+
+def test_a_run_stopped_early_ends_the_search(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 8
+
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE))
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert "stopped at step 8, before the search was over at step 12" in caplog.text
+    assert len(trainer.model.peft_config["default"].skipped_modules) == 2
+
+
+# --- evaluation and checkpoints ------------------------------------------------------------------------------------
+
+
+def test_evaluation_and_checkpoints_see_the_best_set(tmp_path):
+    watcher = Watcher()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 12}
+    callback = EASCallback(**{**SCHEDULE, "freeze_context_at": None})
+    make_trainer(tmp_path, callback, watcher=watcher, per_device_eval_batch_size=20, **options).train()
+    for step in range(1, 13):
+        folder = tmp_path / f"checkpoint-{step}"
+        state = json.loads((folder / "trainer_state.json").read_text())
+        bandit = state["stateful_callbacks"]["EASCallback"]["record"]["bandit"]
+        ranked = sorted(range(LAYERS), key=lambda i: (bandit["scores"][i], i))[-2:]
+        assert watcher.at_save[step - 1] == tuple(NAMES[i] for i in sorted(ranked))
+    # One batch holds the whole eval set: before the first round, each evaluation is one forward pass.
+    assert watcher.in_evaluation[:5] == watcher.at_save[:5]
+    assert watcher.in_evaluation[-1] == watcher.at_save[-1]
+
+
+def test_checkpoints_after_the_search_hold_only_what_is_used(tmp_path):
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), save_strategy="steps", save_steps=10)
+    trainer.train()
+    during, after = (load_file(tmp_path / f"checkpoint-{step}/adapter_model.safetensors") for step in (10, 20))
+    kinds = {name: {key.split(".eas_")[1].split(".")[0] for key in after if name[:-9] in key} for name in NAMES}
+    skipped = trainer.model.base_model.skipped_modules
+    assert kinds == {name: {"pia"} if name in skipped else {"input"} for name in NAMES}
+    assert all({f"{name}.eas_input" in key for key in during} == {True, False} for name in NAMES)
+    assert after.keys() < during.keys()
+
+
+def test_the_best_checkpoint_is_one_of_the_final_model(tmp_path):
+    """Checkpoints of the search, and of the unfrozen context, are of another model, however good their loss."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"load_best_model_at_end": True, "learning_rate": 0.3}
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), **options)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min((step for step in losses if step >= 16), key=losses.get)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best])
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": "loss"}, "reward='loss' is unknown. Choose one of 'relative', 'exp'"),
+        ({"search_steps": 0}, r"EASCallback\(search_steps=0\): .*integer of at least 1 .*fraction of the run"),
+        ({"search_steps": 1.5}, "search_steps must be"),
+        ({"search_steps": True}, "search_steps must be"),
+        ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0"),
+        ({"freeze_context_at": 0.0}, r"EASCallback\(freeze_context_at=0\.0\)"),
+        ({"interval": 0}, "interval must be an integer of at least 1"),
+        ({"num_candidates": 1}, "num_candidates must be an integer of at least 2"),
+        ({"score_lr": 0.0}, r"score lr is 0\.0; it must be a finite number above 0"),
+        ({"score_temperature": float("inf")}, "score temperature is inf"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        EASCallback(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"search_steps": 30}, r"ends at step 30 \(search_steps=30\).*does not fit into a run of 20 steps"),
+        ({"interval": 10}, "has no rewards. Lower interval or warmup_steps"),
+        ({"freeze_context_at": 0.3}, r"freeze_context_at=0\.3 is step 6, before the search is over at step 12"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused_before_training(tmp_path, change, message):
+    refuse(make_trainer(tmp_path, EASCallback(**{**SCHEDULE, **change})), message)
+
+
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_labels_kept_from_the_model_are_refused_with_the_prompt_as_context(tmp_path, option):
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    value = 0.1 if option == "label_smoothing_factor" else loss_of
+    message = f"With {option}.*cannot tell the prompt from the answer.*context='running'"
+    refuse(make_trainer(tmp_path, EASCallback(**SCHEDULE), **{option: value}), message)
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), make_model(context="running"), **{option: value})
+    trainer.train()
+    assert len(trainer.model.base_model.skipped_modules) == 2
+
+
+def test_a_model_without_eas_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM without EAS adapters\. Pass Trainer the model"):
+        make_trainer(tmp_path, EASCallback(**SCHEDULE), build_model("llama"))

@@ -1,0 +1,262 @@
+"""A merged checkpoint loads right, or not at all: every way into a stock class is an error that says what to do.
+
+The checkpoints are made in this process, where the package is imported, and most are loaded in another one where it is
+not, since importing it must not be what makes the error.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ALL, FAMILIES, SKIPS, build_model, difference, logits, make_eas, make_inputs
+from peft import get_peft_model
+
+from peft_eas import EASConfig
+
+SAYS_WHAT_TO_DO = r"EAS checkpoint.*random weights.*pip install peft_eas.*import peft_eas.*Auto class"
+# Per family: stock classes that could take the checkpoint, with a head, without, and with another head.
+STOCK = {
+    "llama": ["LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification"],
+    "mistral": ["MistralForCausalLM", "MistralModel", "MistralForTokenClassification"],
+    "qwen2": ["Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForQuestionAnswering"],
+    "qwen3": ["Qwen3ForCausalLM", "Qwen3Model"],
+    "gpt2": ["GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification", "GPT2DoubleHeadsModel"],
+    "llava": ["LlavaForConditionalGeneration", "LlavaModel", "LlamaForCausalLM", "LlamaModel", "CLIPVisionModel"],
+    "bert": ["BertForSequenceClassification", "BertModel", "BertForMaskedLM", "BertLMHeadModel"],
+    "vit": ["ViTForImageClassification", "ViTModel"],
+}
+CASES = [(family, name) for family, names in STOCK.items() for name in names]
+# Classes of one family whose config reads another's file without complaint.
+FOREIGN = [("mistral", "LlamaForCausalLM"), ("llama", "MistralForCausalLM"), ("qwen2", "LlamaForCausalLM")]
+
+
+@pytest.fixture(scope="module", params=["half", "all", "first"])
+def skip(request):
+    """Which MHAs are deleted."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, device):
+    """Folders of merged checkpoints, by family and skip set."""
+    folders = {}
+
+    def get(family, skip):
+        if (family, skip) not in folders:
+            folders[family, skip] = tmp_path_factory.mktemp(f"{family}-{skip}")
+            merged = make_eas(family, device, SKIPS[skip], "running").merge_and_unload()
+            merged.save_pretrained(folders[family, skip])
+        return folders[family, skip]
+
+    return get
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_stock_class(family, name, skip, checkpoints):
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        getattr(transformers, name).from_pretrained(checkpoints(family, skip))
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"dtype": "auto"}, {"dtype": torch.bfloat16},
+                                     {"low_cpu_mem_usage": True}, {"attn_implementation": "eager"},
+                                     {"device_map": "cpu"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("family", ALL)
+def test_stock_class_with_options(family, options, checkpoints):
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        getattr(transformers, STOCK[family][0]).from_pretrained(checkpoints(family, "half"), **options)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_stock_class_with_a_stock_config_given(family, name, skip, checkpoints):
+    """The config in the folder is not read then: what is left to refuse are the weights."""
+    model_class = getattr(transformers, name)
+    config = FAMILIES[family][0]()
+    if family == "llava" and not name.startswith("Llava"):
+        config = config.text_config if name.startswith("Llama") else config.vision_config
+        if not name.startswith("Llama"):
+            pytest.raises(Exception, model_class.from_pretrained, checkpoints(family, skip), config=None)
+    with pytest.raises(Exception, match=r"(?i)mismatch|size|shape|EAS"):
+        model_class.from_pretrained(checkpoints(family, skip), config=config)
+
+
+@pytest.mark.parametrize(("family", "name"), FOREIGN)
+def test_a_class_of_another_family(family, name, checkpoints):
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        getattr(transformers, name).from_pretrained(checkpoints(family, "half"))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_stock_config_class(family, checkpoints):
+    """Whoever reads the config by hand to build a model from it is stopped here."""
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        type(FAMILIES[family][0]()).from_pretrained(checkpoints(family, "half"))
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionConfig", "LlamaConfig"])
+def test_config_class_of_a_part_of_llava(name, checkpoints):
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        getattr(transformers, name).from_pretrained(checkpoints("llava", "half"))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_checkpoint_with_its_model_type_set_back(family, checkpoints, tmp_path):
+    """Someone who "repairs" the model type so that an old tool takes it gets the error all the same."""
+    folder = checkpoints(family, "half")
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = FAMILIES[family][0]().model_type
+    config["architectures"] = [FAMILIES[family][1]]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        getattr(transformers, FAMILIES[family][1]).from_pretrained(tmp_path)
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_a_record_that_does_not_fit(family, checkpoints, tmp_path):
+    folder = checkpoints(family, "half")
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    good = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        (lambda eas: None, r"needs the record `eas`.*config.json"),
+        (lambda eas: {**eas, "skipped": {}}, r"(?i)mismatch|size|shape"),
+        (lambda eas: {**eas, "skipped": {"layers.77.x": next(iter(eas["skipped"].values()))}}, r"layers\.77\.x.*no such"),
+        (lambda eas: {**eas, "biases": [*eas["biases"], "layers.9.mlp"]}, r"layers\.9\.mlp.*no such"),
+    ):
+        config = {**good, "eas": change(good["eas"])}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(Exception, match=message):
+            transformers.AutoModel.from_pretrained(tmp_path)
+
+
+_SUBPROCESS = """
+import sys, warnings
+import transformers
+assert not any(name.startswith("peft_eas") for name in sys.modules)
+auto, folder = sys.argv[1:3]
+options = {"trust_remote_code": True} if "remote" in sys.argv else {}
+try:
+    getattr(transformers, auto).from_pretrained(folder, **options)
+except Exception as error:
+    print(type(error).__name__, error)
+else:
+    sys.exit("LOADED")
+"""
+
+
+def load_elsewhere(auto, folder, *options):
+    """Loads `folder` in a process that does not import the package; returns the error's text."""
+    result = subprocess.run(
+        [sys.executable, "-c", _SUBPROCESS, auto, str(folder), *options],
+        capture_output=True, text=True, timeout=120, cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [
+        ("llama", "AutoModelForCausalLM"),
+        ("bert", "AutoModelForSequenceClassification"),
+        ("vit", "AutoModel"),
+        ("llava", "AutoModelForImageTextToText"),
+        ("gpt2", "AutoConfig"),
+        ("qwen2", "Qwen2ForCausalLM"),
+    ],
+)
+def test_without_the_package(family, auto, checkpoints):
+    message = load_elsewhere(auto, checkpoints(family, "half"))
+    assert "EAS checkpoint" in message or f"eas_{family}" in message
+    assert "peft_eas" in message or "eas_" in message
+
+
+def test_auto_class_without_the_package_tells_the_way_out(checkpoints):
+    """transformers' own message names only an unknown model type; ours must be in it, so that the way out is known."""
+    for family in ("llama", "bert"):
+        message = load_elsewhere("AutoModel", checkpoints(family, "half"))
+        assert "peft_eas" in message
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_auto_classes_load_it_right(family, checkpoints, device):
+    """The other side of the coin: with the package, the same folder is the merged model."""
+    from test_merge import auto_class, load_strictly
+
+    merged = make_eas(family, device, SKIPS["half"], "running").merge_and_unload()
+    inputs = make_inputs(family, device)
+    loaded = load_strictly(auto_class(family), checkpoints(family, "half")).to(device)
+    assert torch.equal(logits(loaded, inputs), logits(merged, inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_only_biases_were_added(family, device, tmp_path):
+    """Nothing is skipped, but the folded biases would be dropped by a stock class in silence."""
+    model = make_eas(family, device, [], "running")
+    inputs = make_inputs(family, device)
+    expected = logits(model, inputs)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    try:
+        loaded = getattr(transformers, FAMILIES[family][1]).from_pretrained(tmp_path).to(device)
+    except Exception as error:
+        assert "EAS" in str(error) or "mismatch" in str(error)
+    else:
+        assert difference(logits(loaded, inputs), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_only_biases_were_added_with_a_stock_config_given(family, device, tmp_path):
+    """transformers takes keys that its model lacks for a warning's worth."""
+    model = make_eas(family, device, [], "running")
+    inputs = make_inputs(family, device)
+    expected = logits(model, inputs)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    try:
+        loaded = getattr(transformers, FAMILIES[family][1]).from_pretrained(tmp_path, config=FAMILIES[family][0]())
+    except Exception as error:
+        assert "EAS" in str(error) or "mismatch" in str(error)
+    else:
+        assert difference(logits(loaded.to(device), inputs), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit"])
+def test_ignore_mismatched_sizes(family, checkpoints, device):
+    """Asking for mismatches to be ignored is no way around the config."""
+    with pytest.raises(Exception, match=SAYS_WHAT_TO_DO):
+        getattr(transformers, FAMILIES[family][1]).from_pretrained(
+            checkpoints(family, "half"), ignore_mismatched_sizes=True
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit"])
+def test_loading_the_state_dict_into_a_stock_model(family, checkpoints, device):
+    from safetensors.torch import load_file
+
+    weights = load_file(checkpoints(family, "half") / "model.safetensors", device=device)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        build_model(family, device).load_state_dict(weights, strict=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_an_adapter_for_the_base_does_not_load_on_the_merged_model(family, checkpoints, device, tmp_path):
+    from peft import PeftModel
+    from test_merge import auto_class
+
+    make_eas(family, device, SKIPS["half"]).save_pretrained(tmp_path)
+    merged = auto_class(family).from_pretrained(checkpoints(family, "half")).to(device)
+    inputs = make_inputs(family, device)
+    expected = logits(merged, inputs)
+    with pytest.raises(ValueError, match=r"was made for a base model|cannot be skipped"):
+        PeftModel.from_pretrained(merged, tmp_path)
+    assert torch.equal(logits(merged, inputs), expected)
+
+
+def test_targets_in_a_merged_model_are_what_is_left(checkpoints, device):
+    merged = transformers.AutoModelForCausalLM.from_pretrained(checkpoints("llama", "half")).to(device)
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.*cannot be skipped"):
+        get_peft_model(merged, EASConfig(skipped_modules=["model.layers.0.self_attn"]))
+    assert len(get_peft_model(merged, EASConfig(num_skip=1)).candidates) == 2
