@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft_eas.plots import plot_search_curve, plot_skip_map
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -49,6 +48,7 @@ from vqa import (
 )
 
 from peft_eas import EASCallback, EASConfig
+from peft_eas.plots import plot_search_curve, plot_skip_map
 
 BASE = Path(__file__).parent / "base"
 
@@ -64,6 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, help="(default 64; 8 for an LLM)")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument(
+        "--search-steps", type=float, default=0.4, help="share of the steps after which the search ends"
+    )
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters of skipped MHAs")
     parser.add_argument("--attention-rank", type=int, default=16, help="rank of the adapters of kept MHAs")
     parser.add_argument("--test-questions", type=int, help="evaluate on this many of the test questions (default all)")
@@ -177,7 +180,14 @@ def tune(
         training,
         train_dataset=data["train"],
         data_collator=VQACollator(pad_token_id),
-        callbacks=[EASCallback(reward_dataset=data["reward"], seed=arguments.seed)],
+        callbacks=[
+            EASCallback(
+                reward_dataset=data["reward"],
+                search_steps=arguments.search_steps,
+                interval=max(1, min(10, arguments.steps // 50)),  # a short run needs its rewards sooner
+                seed=arguments.seed,
+            )
+        ],
     )
     start = time.perf_counter()
     trainer.train()

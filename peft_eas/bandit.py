@@ -91,7 +91,14 @@ class AttentionBandit:
 
     def probabilities(self) -> list[float]:
         """p = softmax(κ σ), in the order of the candidates."""
-        return self._softmax(self.scores)
+        return self.softmax(self.scores)
+
+    def softmax(self, scores: list[float]) -> list[float]:
+        """softmax(κ σ) of other scores σ than the present ones."""
+        top = max(scores)
+        weights = [math.exp(self.temperature * (score - top)) for score in scores]
+        total = sum(weights)
+        return [weight / total for weight in weights]
 
     def entropy(self) -> float:
         """Entropy of p in nats: log(number of candidates) at the start, towards log(k) as k candidates stand out."""
@@ -235,18 +242,12 @@ class AttentionBandit:
         keys = [self.temperature * score - math.log(-math.log(rng.random() or 0.5)) for score in self.scores]
         return sorted(sorted(range(len(keys)), key=keys.__getitem__, reverse=True)[:k])
 
-    def _softmax(self, scores: list[float]) -> list[float]:
-        top = max(scores)
-        weights = [math.exp(self.temperature * (score - top)) for score in scores]
-        total = sum(weights)
-        return [weight / total for weight in weights]
-
     def _moved(self, scores: list[float], number: int) -> list[float]:
         """The scores after round `number`, given those before it."""
         record = self.rounds[number]
         if sum(loss is not None for loss in record["losses"]) < 2:
             return list(scores)
-        p = self._softmax(scores)
+        p = self.softmax(scores)
         moved = list(scores)
         for indices, advantage in zip(record["sets"], self._advantages(number)):
             for i in indices if advantage is not None else ():

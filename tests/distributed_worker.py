@@ -4,9 +4,9 @@ import os
 import sys
 
 import torch
+from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from peft import get_peft_model
 from peft_eas import EASCallback, EASConfig
 
 

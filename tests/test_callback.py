@@ -179,7 +179,7 @@ def test_the_best_checkpoint_is_one_of_the_final_model(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best])
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
