@@ -9,8 +9,11 @@ from torch import nn
 
 from .architectures import Architecture, default_targets, find_mhas
 from .config import EASConfig
-from .layer import EASLayer
+from .layer import AdaptedLayer, EASLayer
 from .merged import SkippedMHA
+
+# What PEFT adds to modules_to_save for some tasks, whether the model has it or not.
+_HEADS = ("classifier", "score", "qa_outputs")
 
 # By full name of an MHA: the full name of its block, and the block's row of the table.
 Targets = dict[str, tuple[str, Architecture]]
@@ -29,7 +32,8 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
     """The MHAs that the config names, in the model's order.
 
     Raises:
-        ValueError: if the targets match none, or something else; if all are excluded; if one is in modules_to_save.
+        ValueError: if the targets match none, or something else; if all are excluded, or none by a name that is to be;
+            if modules_to_save names what is wrapped, or nothing.
     """
     known = skippable_mhas(model)
     names = set(default_targets(model)) & set(known)
@@ -49,14 +53,39 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
             f"exclude_modules={config.exclude_modules!r} leaves none of the {len(names)} target MHAs "
             f"({shorten(sorted(names))}). Exclude fewer."
         )
-    for name in config.modules_to_save or ():
-        both = [target for target in targets if f".{target}".endswith(f".{name}")]
+    patterns = config.exclude_modules or ()
+    for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
+        if not any(_matches(pattern if isinstance(patterns, str) else {pattern}, name) for name in known):
+            raise ValueError(
+                f"exclude_modules={config.exclude_modules!r}: {pattern!r} matches nothing that could be skipped. The "
+                f"MHAs of {type(model).__name__} are: {shorten(known)}. Name some of these, or leave it out."
+            )
+    _check_modules_to_save(config, model, targets)
+    return targets
+
+
+def _check_modules_to_save(config: EASConfig, model: nn.Module, targets: Targets) -> None:
+    wrapped = {
+        f"{block}.{path}".removeprefix(".") + "."
+        for block, row in targets.values()
+        for path in (row.mha, row.ffn, row.input_norm)
+        if path is not None
+    }
+    names = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
+    for given in config.modules_to_save or ():
+        found = [name for name in names if name.endswith(given)]  # as PEFT does
+        both = [n for n in found if any(f"{n}.".startswith(w) or w.startswith(f"{n}.") for w in wrapped)]
         if both:
             raise ValueError(
-                f"modules_to_save={config.modules_to_save!r} names {shorten(both)}, which EAS wraps as well. Take it "
-                "out of modules_to_save, or name it in exclude_modules."
+                f"modules_to_save={config.modules_to_save!r} names {shorten(both)}, which EAS wraps, or which lies in "
+                "or around what it wraps. Take it out of modules_to_save, or the MHA beside it out of the targets "
+                "with exclude_modules."
             )
-    return targets
+        if not found and given not in _HEADS:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r}: {given!r} is no module of {type(model).__name__}. Give "
+                "names, or their endings, as model.named_modules() lists them."
+            )
 
 
 def _outer_names(model: nn.Module) -> Iterator[str]:
@@ -154,22 +183,34 @@ def _unwrapped(module: nn.Module, path: str) -> nn.Module:
 def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
     """Refuses EAS weights that do not fit the model, whose keys start with `prefix` in `state_dict`.
 
-    An adapter may be absent as a whole, for a checkpoint holds only what is used, but not in part.
+    Where the skip set is open, an adapter may be absent as a whole, for a checkpoint holds only what is used. Where it
+    is fixed, weights that only another set would use are no mistake: a checkpoint within a search has them.
 
     Raises:
         ValueError: for weights of a layer that the model does not have, of another shape, or incomplete.
     """
-    own = {f"{prefix}{key}": value for key, value in model.state_dict().items() if ".eas_" in key}
-    given = {key: value for key, value in state_dict.items() if ".eas_" in key and key.startswith(prefix)}
-    own_layers, given_layers = ({key.rpartition(".eas_")[0] for key in keys} for keys in (own, given))
-    problems = [f"it has weights for {name}, which is not in the model" for name in given_layers - own_layers]
-    problems += [
-        f"{key} has shape {tuple(given[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in given and given[key].shape != value.shape
+    given = {key: value for key, value in state_dict.items() if key.startswith(prefix) and ".eas_" in key}
+    layers = {
+        f"{prefix}{name}.{layer.adapter_layer_names[0]}.": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdaptedLayer)
+    }
+    weights = {
+        (path, name): {k.removeprefix(f"{path}{name}."): v for k, v in given.items() if k.startswith(f"{path}{name}.")}
+        for path, layer in layers.items()
+        for name in layer.adapters
+    }
+    loaded = {name for (_, name), tensors in weights.items() if tensors}
+    placed = {f"{path}{name}.{key}" for (path, name), tensors in weights.items() for key in tensors}
+    problems = [
+        f"it has {key}, for which there is no place in the model"
+        for key in given
+        if key not in placed and not any(_is_of_another_set(key, layers, name) for name in loaded)
     ]
-    adapters = {_adapter_key(key) for key in given if key in own}
-    problems += [f"{key} is missing" for key in own if key not in given and _adapter_key(key) in adapters]
+    for (path, name), tensors in weights.items():
+        is_fixed = layers[path].candidate.configs[name].skipped_modules is not None
+        if tensors or (is_fixed and name in loaded):
+            problems += _misfits(layers[path].adapters[name].state_dict(), tensors, f"{path}{name}.")
     if problems:
         raise ValueError(
             f"The file's EAS weights do not fit this model: {problems[0]} (problem 1 of {len(problems)}). Load them "
@@ -177,10 +218,19 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
         )
 
 
-def _adapter_key(key: str) -> str:
-    """Up to and with the adapter's name: `….mlp.eas_pia.default`."""
-    layer, _, rest = key.rpartition(".eas_")
-    return f"{layer}.eas_{'.'.join(rest.split('.')[:2])}"
+def _is_of_another_set(key: str, layers: dict[str, AdaptedLayer], name: str) -> bool:
+    """Whether `key` would have a place in the adapter `name` if its skip set, which is fixed, were another one."""
+    layer = next((layer for path, layer in layers.items() if key.startswith(path)), None)
+    config = layer and layer.candidate.configs.get(name)
+    return bool(config and config.skipped_modules is not None and layer.could_use(name))
+
+
+def _misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], prefix: str) -> Iterator[str]:
+    for key, tensor in own.items():
+        if key not in given:
+            yield f"{prefix}{key} is missing"
+        elif given[key].shape != tensor.shape:
+            yield f"{prefix}{key} has shape {tuple(given[key].shape)} instead of {tuple(tensor.shape)}"
 
 
 def shorten(names: Iterable[str], most: int = 6) -> str:

@@ -138,7 +138,7 @@ class EASConfig(PeftConfig):
         names = self.skipped_modules
         if names is None:
             return
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"EASConfig(skipped_modules={names!r}): give a list of full module names, or None.")
         self.skipped_modules = names = list(names)
         repeated = sorted({name for name in names if names.count(name) > 1})

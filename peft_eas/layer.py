@@ -165,6 +165,10 @@ class AdaptedLayer(EASLayer):
         needed = config is not None and skip == self.stands_for_skipped and (skip or config.attention_r > 0)
         return needed and adapter_name not in self.adapters
 
+    def could_use(self, adapter_name: str) -> bool:
+        """Whether some skip set gives the adapter `adapter_name` a use here."""
+        return self.stands_for_skipped or self.candidate.configs[adapter_name].attention_r > 0
+
     def drop_unused_adapter(self, adapter_name: str) -> None:
         """Deletes the adapter `adapter_name` if the MHA, as it is skipped or kept now, has no use for it."""
         if adapter_name in self.adapters and self.used_adapter(adapter_name) is None:

@@ -11,6 +11,7 @@ This module needs nothing but torch and transformers.
 
 import importlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
     if cache is None or layer_idx is None:
         return
     cache = getattr(cache, "self_attention_cache", cache)
+    slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if slot is not None and slot.is_initialized and slot.keys.dim() == 4 and slot.keys.shape[1] > 0:
+        raise ValueError(
+            f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by another "
+            "model, with another skip set, or by early_initialization(). Start with a new cache."
+        )
     nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], 0)
     cache.update(nothing, nothing, layer_idx)
     slot = cache.layers[layer_idx]
@@ -73,10 +80,14 @@ class SkippedMHA(nn.Module):
         self.layer_idx = layer_idx
         self.kept_norm = kept_norm
         *parents, last = marker.split(".")
-        _container(self, parents).register_buffer(last, torch.empty(0))
+        _container(self, parents, Marker).register_buffer(last, torch.empty(0))
         if kept_norm is not None:
             *parents, last = kept_norm.split(".")
-            _container(self, parents).add_module(last, norm)
+            _container(self, parents, nn.Module).add_module(last, norm)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module.named_modules`, without the marker, whose place other methods would take for a projection."""
+        return (item for item in super().named_modules(*args, **kwargs) if not isinstance(item[1], Marker))
 
     def forward(
         self,
@@ -92,10 +103,14 @@ class SkippedMHA(nn.Module):
         return skipped_output(hidden_states), None
 
 
-def _container(module: nn.Module, path: list[str]) -> nn.Module:
+class Marker(nn.Module):
+    """Leads to the marker of a deleted MHA, under the names that lead to the MHA's first weight."""
+
+
+def _container(module: nn.Module, path: list[str], kind: type[nn.Module]) -> nn.Module:
     for name in path:
         if not hasattr(module, name):
-            module.add_module(name, nn.Module())
+            module.add_module(name, kind())
         module = getattr(module, name)
     return module
 
@@ -145,7 +160,7 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     _find(model, name)
     parent, _, child = _resolve(model, name).rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, module.train(model.training))
 
 
 class MergedConfigMixin:
@@ -241,6 +256,7 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
 def turn_into_merged(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
     """Deletes what `record` names from a model in memory and makes it one of the classes above, in place."""
     delete_attention(model, record)
+    record = _with_earlier_merges(record, getattr(model.config, "eas", None))
     config_class = register_family(model.config_class.model_type)
     register_models(config_class)
     for module in model.modules():  # sub-models share the config object
@@ -252,6 +268,15 @@ def turn_into_merged(model: PreTrainedModel, record: dict[str, Any]) -> PreTrain
     model.config._name_or_path = ""
     model.__class__ = merged_model_class(type(model))
     return model
+
+
+def _with_earlier_merges(record: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """The record of all merges into a model: what an earlier one added to an MHA that is deleted now is gone."""
+    if earlier is None:
+        return record
+    skipped = {**earlier["skipped"], **record["skipped"]}
+    biases = [name for name in earlier["biases"] if not name.startswith(tuple(f"{mha}." for mha in skipped))]
+    return {"skipped": skipped, "biases": biases + record["biases"]}
 
 
 def __getattr__(name: str) -> type:

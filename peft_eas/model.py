@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -50,14 +49,21 @@ class EASModel(BaseTuner):
         """Checks the config against the model before any change, and writes the targets and base shape into it."""
         targets = find_targets(peft_config, model)
         check_skip_fields(peft_config, list(targets))
-        peft_config.base_shape = check_base(peft_config, model, targets)
+        shape = check_base(peft_config, model, targets)
+        # Another EASModel, such as transformers makes for each adapter, may have wrapped the model before.
+        present = {layer.candidate.name: layer.candidate for layer in model.modules() if isinstance(layer, EASLayer)}
+        name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        self._check_name_is_free(name, peft_config, present)
+        peft_config.base_shape = shape
         if peft_config.target_modules is None:
             peft_config.target_modules = set(targets)
         if not hasattr(self, "_candidates"):
-            self._candidates: dict[str, Candidate] = {}
-            self._prompt_hook = PromptHook(self._needs_prompt, self._answer_in_input)
-            self._hook_handle = model.register_forward_pre_hook(self._prompt_hook, with_kwargs=True)
+            self._candidates: dict[str, Candidate] = present
+            self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, PromptHook))
+            self._prompt_hook = next(hooks, None) or PromptHook(model, self._needs_prompt, self._answer_in_input)
             self.register_load_state_dict_pre_hook(EASModel._refuse_unfit_weights)
+        self._newest_adapter, self._prompt_hook.was_used = name, False
         added = {
             name: Candidate(name, block, row, _layer_idx(model.get_submodule(name)))
             for name, (block, row) in targets.items()
@@ -65,6 +71,15 @@ class EASModel(BaseTuner):
         }
         order = list(skippable_mhas(model))
         self._candidates = dict(sorted({**self._candidates, **added}.items(), key=lambda item: order.index(item[0])))
+
+    def _check_name_is_free(self, name: str, config: EASConfig, present: dict[str, Candidate]) -> None:
+        taken = next((c.configs[name] for c in present.values() if c.configs.get(name, config) is not config), None)
+        if taken is not None:
+            self.peft_config[name] = taken  # PEFT has entered the new config already
+            raise ValueError(
+                f"The model has an EAS adapter {name!r} already. Choose another adapter_name, or take the adapters "
+                "out with unload() first."
+            )
 
     def _create_and_replace(
         self,
@@ -108,20 +123,27 @@ class EASModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The name of the adapter stands right behind the layer's attribute, before the adapter's own submodules.
-        head, separator, tail = key.rpartition(f".{cls.prefix}")
+        # The name of the adapter, which may start with the prefix too, stands right behind the layer's attribute.
+        head, separator, tail = key.partition(f".{cls.prefix}")
         attribute, _, path = tail.partition(".")
         if not separator or not path.startswith(f"{adapter_name}."):
             return super()._remove_adapter_name_from_key(key, adapter_name)
         return f"{head}{separator}{attribute}.{path.removeprefix(f'{adapter_name}.')}"
 
     def _refuse_unfit_weights(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        """Pre-hook of load_state_dict. A base that was wrapped only for these weights is given back as it was."""
+        """Pre-hook of load_state_dict. An adapter that was added only for these weights is taken out again."""
         try:
             check_state_dict(self, state_dict, prefix)
         except ValueError:
-            if len(self.peft_config) == 1 and not self._prompt_hook.was_used:
-                self.unload()
+            attributes = {layer.adapter_layer_names[0] for layer in self._adapted_layers()}
+            others = [f".{a}.{name}." for a in attributes for name in self.peft_config if name != self._newest_adapter]
+            if not self._prompt_hook.was_used and not any(other in key for key in state_dict for other in others):
+                if len(self.peft_config) > 1:
+                    self.delete_adapter(self._newest_adapter)
+                else:
+                    self.unload()
+                    for parameter in self._trainable_before:
+                        parameter.requires_grad_(True)
             raise
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -149,12 +171,12 @@ class EASModel(BaseTuner):
         return by_prompt and any(layer.needs_prompt for layer in self._adapted_layers())
 
     def _answer_in_input(self) -> bool:
-        decoders = any(candidate.architecture.kind == "decoder" for candidate in self._candidates.values())
-        return decoders and self._active_config.task_type not in _TASKS_WITHOUT_ANSWER
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
-        # PEFT enters this around `forward` and `generate`.
-        return self._prompt_hook.generation(*args, **kwargs)
+        in_force = ((layer.candidate, layer.adapter_in_force) for layer in self._adapted_layers())
+        return any(
+            candidate.architecture.kind == "decoder" and candidate.configs[name].task_type not in _TASKS_WITHOUT_ANSWER
+            for candidate, name in in_force
+            if name is not None
+        )
 
     def freeze_context(self) -> None:
         """Switches the active adapter to context="running" for good: what is trained from here on is folded as it is.
@@ -294,7 +316,7 @@ class EASModel(BaseTuner):
             self._check_merge(name, safe_merge)
             record, adapter_names = self._record(name), [name]
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
-        self._hook_handle.remove()
+        self._prompt_hook.remove()
         if record is not None and (record["skipped"] or record["biases"]):
             turn_into_merged(model, record)
         return model

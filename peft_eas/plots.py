@@ -22,7 +22,10 @@ Source = str | os.PathLike | dict[str, Any]
 # From the palette of Okabe and Ito, which is told apart with any colour vision.
 SKIPPED, KEPT, REWARD, FAINT = "#D55E00", "#0072B2", "#009E73", "#A0A0A0"
 FONT_SIZE = 8.0
-ROW_HEIGHT = 0.2  # inches: a line of text of FONT_SIZE with room around it
+# In inches: a row of the map, a line of text without room around it, and the lower part of the curve.
+ROW_HEIGHT, LINE_HEIGHT, REWARD_HEIGHT = 0.2, 0.125, 2.6
+# Parts of module names that say nothing where the rest tells the names apart.
+GENERIC_WORDS = {"base_model", "encoder", "layer", "layers", "model", "transformer", "vision_model"}
 
 
 def plot_skip_map(source: Source, path: str | os.PathLike) -> Path:
@@ -56,14 +59,16 @@ def plot_skip_map(source: Source, path: str | os.PathLike) -> Path:
     states.tick_params(length=0)
     scores.tick_params(axis="y", length=0)
     low, high = min(0.0, *bandit.scores), max(0.0, *bandit.scores)
-    room = 0.16 * ((high - low) or 1.0)
+    room = 0.2 * (high - low) or 1.0  # for the numbers
     scores.set_xlim(low - (room if low < 0 else 0), high + (room if high > 0 or low == 0 else 0))
+    if low == high:
+        scores.set_xticks([0.0])
     scores.axvline(0.0, color="black", linewidth=0.8)
     scores.set_xlabel("score (higher: skipping it costs less)")
-    _plain(states, "left", "bottom")
-    _plain(scores, "left")
-    state = "skipped" if is_over else "best to skip so far"
-    figure.suptitle(f"{len(skipped)} of {rows} attentions {state}", size=FONT_SIZE + 2)
+    _plain(states)
+    _plain(scores)
+    title = "{} of {} attentions skipped" if is_over else "Search not over: the best {} of {} attentions so far"
+    figure.suptitle(title.format(len(skipped), rows), size=FONT_SIZE + 2)
     return _save(figure, path)
 
 
@@ -88,21 +93,21 @@ def plot_search_curve(
     steps, curves = _curves(bandit, values)
     labels, what = _short_names(bandit.candidates)
     height = max(3.0, 0.8 + 0.15 * len(skipped))
-    figure = _new_figure(7.2, height + 2.6)
+    figure = _new_figure(7.2, height + REWARD_HEIGHT)
     lines, rewards = figure.subplots(2, 1, sharex=True, height_ratios=(height, 1.7))
     colours = _colours(skipped)
     ends = []
     for name, label, curve in zip(bandit.candidates, labels, zip(*curves)):
         if name in skipped:
             lines.plot(steps, curve, color=colours[name], linewidth=1.8, zorder=3)
-            ends.append((curve[-1], label, colours[name]))
+            ends.append((curve[-1], f"{what} {label}" if what == "layer" else label, colours[name]))
         else:
             lines.plot(steps, curve, color=FAINT, linewidth=0.8, zorder=2)
     lines.set_ylabel("score" if values == "scores" else "probability of being drawn first")
     lines.set_title(
         f"Search over {len(labels)} attentions: {len(skipped)} to skip in colour, the others grey", size=FONT_SIZE + 2
     )
-    _label_ends(lines, ends, what)
+    _label_ends(lines, ends)
     _draw_rewards(rewards, bandit)
     rewards.set_xlabel("optimizer step")
     for axes in (lines, rewards):
@@ -112,10 +117,16 @@ def plot_search_curve(
 
 def _curves(bandit: AttentionBandit, values: str) -> tuple[list[int], list[list[float]]]:
     """Steps, and for each the values of all candidates, from the start of the training on."""
-    steps, curves = [0], [[0.0] * len(bandit.candidates)]
-    for number, (record, scores) in enumerate(bandit.trajectory()):
-        steps.append(number + 1 if record["step"] is None else record["step"])
-        curves.append(scores)
+    rounds = [
+        (number + 1 if record["step"] is None else record["step"], scores)
+        for number, (record, scores) in enumerate(bandit.trajectory())
+    ]
+    # Scores rest through warm-up, which ends one interval before the first round.
+    first = rounds[0][0]
+    interval = rounds[1][0] - first if len(rounds) > 1 else first
+    rest = [0.0] * len(bandit.candidates)
+    rounds = [(0, rest), (max(0, first - interval), rest), *rounds]
+    steps, curves = [step for step, _ in rounds], [scores for _, scores in rounds]
     if values == "probabilities":
         curves = [bandit.softmax(scores) for scores in curves]
     return steps, curves
@@ -131,42 +142,53 @@ def _draw_rewards(axes: "Axes", bandit: AttentionBandit) -> None:
         axes.plot([step] * len(shown), shown, "o", color=FAINT, markersize=2.5, zorder=2)
         if shown:
             steps.append(step)
-            means.append(sum(shown) / len(shown))
+            means.append(_mean(shown))
     axes.plot(steps, means, color=REWARD, linewidth=1.8, zorder=3, label="mean of a round")
     axes.plot([], [], "o", color=FAINT, markersize=2.5, label="a set tried")
-    axes.set_ylabel("reward exp(−loss)" if is_exp else "held-out loss")
+    axes.set_ylabel("reward exp(−loss)" if is_exp else "held-out loss\n(lower: more reward)")
     axes.legend(fontsize=FONT_SIZE, frameon=False, ncols=2, loc="upper right")
     axes.margins(y=0.3)
 
 
-def _label_ends(axes: "Axes", ends: list[tuple[float, str, Any]], what: str) -> None:
-    """Names the lines at their right ends, moved apart where they would overlap."""
+def _label_ends(axes: "Axes", ends: list[tuple[float, str, Any]]) -> None:
+    """Names the lines at their right ends, moved apart where the names would overlap."""
     axes.margins(x=0.01)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    height = axes.figure.get_size_inches()[1] - 2.6
-    gap = (high - low) * 0.125 / (height * 0.9)
+    height = (axes.figure.get_size_inches()[1] - REWARD_HEIGHT) * 0.85
     ends = sorted(ends, key=lambda end: end[0])
-    places = [value for value, _, _ in ends]
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    excess = max(0.0, places[-1] - high) if places else 0.0
-    if excess:
-        places[-1] = high
-        for i in range(len(places) - 2, -1, -1):
-            places[i] = min(places[i], places[i + 1] - gap)
+    gap = (high - low) * LINE_HEIGHT / height
+    places = _spread([value for value, _, _ in ends], gap)
+    places = [max(low + i * gap, min(high - (len(ends) - 1 - i) * gap, place)) for i, place in enumerate(places)]
     for (value, label, colour), place in zip(ends, places):
         axes.annotate(
-            f"{what} {label}" if label.isdigit() else label,
+            label,
             xy=(1.0, value),
-            xytext=(1.035, place),
+            xytext=(1.05, place),
             xycoords=("axes fraction", "data"),
             textcoords=("axes fraction", "data"),
             size=FONT_SIZE,
             va="center",
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0.0, 0.5), "shrinkB": 0},
         )
+
+
+def _spread(values: list[float], gap: float) -> list[float]:
+    """Places for labels of ascending `values`, at least `gap` apart and in sum as near to the values as can be."""
+    # Isotonic regression of the values with the gaps taken out: neighbours that are too close share their mean.
+    groups: list[list[float]] = []
+    for i, value in enumerate(values):
+        groups.append([value - i * gap])
+        while len(groups) > 1 and _mean(groups[-2]) > _mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    means = [_mean(group) for group in groups for _ in group]
+    return [mean + i * gap for i, mean in enumerate(means)]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _short_names(names: list[str]) -> tuple[list[str], str]:
@@ -176,7 +198,9 @@ def _short_names(names: list[str]) -> tuple[list[str], str]:
         parts = [p[1:] for p in parts]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
-    labels = [".".join(p) for p in parts]
+    labels = [" ".join(word for word in p if word not in GENERIC_WORDS) for p in parts]
+    if len(set(labels)) < len(labels):
+        labels = [" ".join(p) for p in parts]
     return labels, "layer" if all(label.isdigit() for label in labels) else "attention"
 
 
@@ -229,7 +253,7 @@ def _colours(names: list[str]) -> dict[str, Any]:
     """A colour per name, from dark to light in the order of the layers, without viridis' end that is pale on white."""
     from matplotlib import colormaps
 
-    return {name: colormaps["viridis"](0.85 * i / max(1, len(names) - 1)) for i, name in enumerate(names)}
+    return {name: colormaps["viridis"](0.75 * i / max(1, len(names) - 1)) for i, name in enumerate(names)}
 
 
 def _plain(axes: "Axes", *spines: str) -> None:

@@ -83,18 +83,36 @@ def attended_tokens(attention_mask: Any, num_tokens: int) -> torch.Tensor | None
 class PromptHook:
     """Pre-hook on the base model that marks the prompt for the layers beneath.
 
+    Whichever way the base model's `generate` is called, PEFT's or transformers' own, the prompt is what it was given.
+
     Args:
+        model: the base model.
         is_needed: tells whether any layer takes its context from the prompt at present.
         answer_in_input: whether labels mark an answer among the input's own tokens (causal language models), so that
             they tell prompt from answer; otherwise all that is attended to is the prompt.
     """
 
-    def __init__(self, is_needed: Callable[[], bool], answer_in_input: Callable[[], bool]) -> None:
+    def __init__(
+        self, model: nn.Module, is_needed: Callable[[], bool], answer_in_input: Callable[[], bool]
+    ) -> None:
+        self.model = model
         self.is_needed = is_needed
         self.answer_in_input = answer_in_input
         self.was_used = False
         self._generation: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._warned = False
+        self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        if hasattr(model, "generate"):
+            model.generate = self._generate
+
+    def remove(self) -> None:
+        """Takes the hook off the model again."""
+        self._handle.remove()
+        self.model.__dict__.pop("generate", None)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.generation(*args, **kwargs):
+            return type(self.model).generate(self.model, *args, **kwargs)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self.was_used = True
@@ -122,8 +140,8 @@ class PromptHook:
             (kwargs[key] for key in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(key) is not None),
             args[0] if args else None,
         )
-        generation_config = kwargs.get("generation_config")
-        chunk = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None and self.is_needed():
             raise ValueError(
                 f"prefill_chunk_size={chunk} does not go with context='prompt': the first chunk needs the mean of "

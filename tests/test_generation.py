@@ -34,7 +34,9 @@ TOLERANCE = 2e-5
 assert LENGTH > WINDOW
 
 every_model = pytest.mark.parametrize(
-    ("family", "skip", "mode"), [(f, s, m) for f in DECODERS for s in SOME_SKIPS for m in MODES]
+    ("family", "skip", "mode"),
+    # qwen3 differs from llama only within its attention.
+    [(f, s, m) for f in DECODERS for s in (["half"] if f == "qwen3" else SOME_SKIPS) for m in MODES],
 )
 every_family = pytest.mark.parametrize(("family", "mode"), [(f, m) for f in DECODERS for m in MODES])
 

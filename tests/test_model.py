@@ -936,14 +936,22 @@ def test_half_precision_models(family, dtype, device):
     assert difference(actual, expected) < (0.15 if dtype == torch.bfloat16 else 0.03)
 
 
-def test_new_models_share_the_cache_slot_only_with_their_own_adapter(device):
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ([], [1], r"KV cache holds keys of layer 1, whose attention is skipped now.*new cache"),
+        ([1], [], r"KV cache holds 12 tokens, but no context.*new cache"),
+    ],
+)
+def test_a_cache_belongs_to_one_skip_set(before, after, message, device):
     """A cache filled with one skip set cannot be continued with another in silence."""
     model = searching("llama", device)
     inputs = make_inputs("llama", device)
     cache = DynamicCache(config=model.config)
+    model.set_skipped_modules(mha_names("llama", before))
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
-        model.set_skipped_modules(mha_names("llama", [1]))
+        model.set_skipped_modules(mha_names("llama", after))
         mask = torch.ones(2, 13, dtype=torch.long, device=device)
-        with pytest.raises(ValueError, match=r"KV cache holds 12 tokens, but no context.*new cache"):
+        with pytest.raises(ValueError, match=message):
             model(input_ids=inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)

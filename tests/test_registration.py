@@ -155,6 +155,62 @@ def test_load_adapter_of_transformers(family, saved, device):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_load_adapter_of_transformers_with_a_frozen_context(family, device, tmp_path):
+    """The running mean is a buffer, which transformers loads by other means than parameters."""
+    inputs = make_inputs(family, device)
+    model = make_eas(family, device, [0, 2], "running")
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = build_model(family, device)
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(logits(loaded, inputs), expected)
+
+
+def test_two_adapters_of_transformers(device, tmp_path):
+    inputs = make_inputs("llama", device)
+    base = build_model("llama", device)
+    base_logits = logits(base, inputs)
+    expected = {}
+    for name, layers in (("a", [0, 2]), ("b", [3])):
+        model = make_eas("llama", device, layers, groups=2 if name == "a" else 1)
+        expected[name] = logits(model, inputs)
+        model.save_pretrained(tmp_path / name)
+        base.load_adapter(str(tmp_path / name), adapter_name=name)
+    for name in ("a", "b", "a"):
+        base.set_adapter(name)
+        assert torch.equal(logits(base, inputs), expected[name])
+    base.disable_adapters()
+    assert torch.equal(logits(base, inputs), base_logits)
+    base.enable_adapters()
+    base.delete_adapter("a")
+    base.set_adapter("b")
+    assert torch.equal(logits(base, inputs), expected["b"])
+    out = base.generate(**inputs, max_new_tokens=5, do_sample=False)
+    uncached = base.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(out, uncached)
+
+
+def test_adapters_on_top_of_adapters(device):
+    """A second PeftModel around a model that has EAS adapters adds to them, under another name only."""
+    first = make_eas("llama", device, [0, 2])
+    inputs = make_inputs("llama", device)
+    expected = logits(first, inputs)
+    refused = pytest.raises(ValueError, match=r"'default' already.*unload\(\)")
+    with pytest.warns(UserWarning, match="second time"), refused:
+        get_peft_model(first.base_model.model, EASConfig(num_skip=1))
+    assert torch.equal(logits(first, inputs), expected)
+    assert first.skipped_modules == mha_names("llama", [0, 2])
+    with pytest.warns(UserWarning, match="second time"):
+        second = get_peft_model(first.base_model.model, EASConfig(num_skip=1), adapter_name="second").eval()
+    second.set_adapter("second")
+    assert torch.equal(logits(second, inputs), logits(build_model("llama", device), inputs))
+    second.set_skipped_modules(mha_names("llama", [1]))
+    assert not torch.equal(logits(second, inputs), logits(build_model("llama", device), inputs))
+    second.set_adapter("default")
+    assert torch.equal(logits(second, inputs), expected)
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_from_pretrained_of_transformers_finds_the_adapter(family, saved, device):
     _, adapter, inputs, expected = saved[family]
