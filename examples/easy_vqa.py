@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--llm", choices=["smollm2"], help="a pretrained LLM in the place of the base's text model")
     parser.add_argument("--skip", type=float, default=0.5, help="share of the text model's MHAs to skip")
     parser.add_argument(
-        "--steps", type=int, help="optimizer steps of each of the two runs (default 700; 60 for an LLM)"
+        "--steps", type=int, help="optimizer steps of each of the two runs (default 500; 60 for an LLM)"
     )
     parser.add_argument("--batch-size", type=int, help="(default 64; 8 for an LLM)")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     small = arguments.llm is None
     quick = arguments.quick
-    arguments.steps = arguments.steps or ((40 if quick else 700) if small else (10 if quick else 60))
+    arguments.steps = arguments.steps or ((40 if quick else 500) if small else (10 if quick else 60))
     arguments.batch_size = arguments.batch_size or ((32 if quick else 64) if small else 8)
     arguments.test_questions = arguments.test_questions or ((200 if small else 24) if quick else None)
     return arguments
