@@ -128,7 +128,7 @@ class VQADataset(Dataset):
         questions: what to ask.
         pixel_values: `preprocess` of all images of the same split; held in memory once, shared by the questions.
         processor: the model's processor.
-        template: must contain "{image}" and "{question}".
+        template: the prompt; must contain "{image}" and "{question}".
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class VQADataset(Dataset):
             return [*tokenizer(f" {answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
         self._token_ids = [(prompt_ids(question.text), answer_ids(question.answer)) for question in questions]
+        self.max_answer_tokens = max(len(answer) for _, answer in self._token_ids)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -220,10 +221,13 @@ def accuracy(model: nn.Module, dataset: VQADataset, pad_token_id: int, batch_siz
 def generate_answers(
     model: nn.Module, dataset: VQADataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 128, **kwargs
 ) -> list[str]:
-    """The model's own answers, by greedy decoding of left-padded batches; `kwargs` go to `generate`."""
+    """The model's own answers, by greedy decoding of left-padded batches; `kwargs` go to `generate`.
+
+    An answer may be as long as the longest that `dataset` knows.
+    """
     answers = []
     collator = VQACollator(tokenizer.pad_token_id, padding_side="left", prompt_only=True)
-    kwargs = {"max_new_tokens": 8, "do_sample": False} | kwargs
+    kwargs = {"max_new_tokens": dataset.max_answer_tokens, "do_sample": False} | kwargs
     with _evaluation_mode(model):
         for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

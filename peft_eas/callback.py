@@ -110,7 +110,7 @@ class EASCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; see `transformers.trainer_callback.ExportableState`."""
-        names = [name for name in inspect.signature(type(self)).parameters if name != "reward_dataset"]
+        names = [name for name in inspect.signature(EASCallback).parameters if name != "reward_dataset"]
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {}, "record": self.record}
 
     @property

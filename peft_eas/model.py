@@ -164,6 +164,10 @@ class EASModel(BaseTuner):
     def _adapted_layers(self) -> Iterator[AdaptedLayer]:
         return (layer for layer in self._layers() if isinstance(layer, AdaptedLayer))
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base model returns."""
+        return self.model(*args, **kwargs)  # PEFT before 0.21 calls `model.forward`, which passes the hooks by
+
     # --- prompt and context ----------------------------------------------------------------------------------------
 
     def _needs_prompt(self) -> bool:
@@ -243,6 +247,7 @@ class EASModel(BaseTuner):
             ValueError: for a name that is no candidate or is repeated, for an MHA whose adapter for being skipped (or
                 kept) was dropped, and while adapters are merged.
         """
+        self._check_in_place()
         names = list(names)
         check_names(names, self.candidates)
         if any(layer.merged for layer in self._layers()):
@@ -281,6 +286,7 @@ class EASModel(BaseTuner):
         Raises:
             TypeError, ValueError: as `merge_and_unload`.
         """
+        self._check_in_place()
         name = self._name_to_merge(adapter_names)
         if name != self._active_name:
             raise ValueError(
@@ -300,10 +306,7 @@ class EASModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if not any(self._layers()):
-            raise ValueError(
-                "This model's adapters are merged or unloaded already. Use the model that the first call returned."
-            )
+        self._check_in_place()
         record = None
         if merge:
             name = self._name_to_merge(adapter_names)
@@ -320,6 +323,12 @@ class EASModel(BaseTuner):
         if record is not None and (record["skipped"] or record["biases"]):
             turn_into_merged(model, record)
         return model
+
+    def _check_in_place(self) -> None:
+        if not any(self._layers()):
+            raise ValueError(
+                "This model's adapters are merged or unloaded already. Use the model that the first call returned."
+            )
 
     def _name_to_merge(self, adapter_names: list[str] | None) -> str:
         names = self.active_adapters if adapter_names is None else list(adapter_names)

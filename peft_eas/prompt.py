@@ -92,9 +92,7 @@ class PromptHook:
             they tell prompt from answer; otherwise all that is attended to is the prompt.
     """
 
-    def __init__(
-        self, model: nn.Module, is_needed: Callable[[], bool], answer_in_input: Callable[[], bool]
-    ) -> None:
+    def __init__(self, model: nn.Module, is_needed: Callable[[], bool], answer_in_input: Callable[[], bool]) -> None:
         self.model = model
         self.is_needed = is_needed
         self.answer_in_input = answer_in_input

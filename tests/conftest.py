@@ -22,24 +22,22 @@ VOCAB, WIDTH, LAYERS, WINDOW = 61, 32, 4, 6
 IMAGE_TOKEN = 60
 
 # Weights are drawn wide, so that attention is sharp and a wrong position, mask or window shows in the logits.
-_DECODER = dict(
-    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, bos_token_id=None,
-    eos_token_id=None,
-)  # fmt: skip
-_ENCODER = dict(
-    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-    max_position_embeddings=64, initializer_range=0.3, num_labels=3, hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0, pad_token_id=0,
-)  # fmt: skip
-_GPT2 = dict(
-    vocab_size=VOCAB, n_embd=WIDTH, n_inner=48, n_layer=LAYERS, n_head=4, n_positions=128, initializer_range=0.3,
-    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-)  # fmt: skip
-_VISION = dict(
-    hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, image_size=16,
-    patch_size=8, initializer_range=0.3,
-)  # fmt: skip
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+_COMMON = {"vocab_size": VOCAB, "initializer_range": 0.3, **_SPECIAL}
+_BLOCKS = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+_DECODER = {**_COMMON, **_BLOCKS, "num_key_value_heads": 2, "max_position_embeddings": 128}
+_GPT2 = {
+    **_COMMON,
+    **{"n_embd": WIDTH, "n_inner": 48, "n_layer": LAYERS, "n_head": 4, "n_positions": 128},
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+_ENCODER = {
+    **_COMMON,
+    **_BLOCKS,
+    **{"max_position_embeddings": 64, "num_labels": 3},
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+_VISION = {**_BLOCKS, "image_size": 16, "patch_size": 8, "initializer_range": 0.3}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 

@@ -20,7 +20,8 @@ def reference(device) -> dict[str, torch.Tensor]:
 
 def load_reference(adapter, reference, prefix):
     """`adapter` with the reference's weights, in evaluation mode; its statistics are no part of the reference."""
-    weights = {k.removeprefix(prefix): v for k, v in reference.items() if k.startswith(prefix) and k != f"{prefix}output"}
+    names = [name for name in reference if name.startswith(prefix) and name != f"{prefix}output"]
+    weights = {name.removeprefix(prefix): reference[name] for name in names}
     missing, unexpected = adapter.to(reference["input"].device).load_state_dict(weights, strict=False)
     assert set(missing) == {"running_context", "num_contexts"}
     assert not unexpected

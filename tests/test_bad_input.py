@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LAYERS, add_eas, build_model, logits, make_eas, make_inputs, mha_names
+from conftest import LAYERS, add_eas, build_model, difference, logits, make_eas, make_inputs, mha_names
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -64,6 +64,15 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def _load(route, model, folder):
+    if route == "new":
+        PeftModel.from_pretrained(model, folder)
+    elif route == "second":
+        model.load_adapter(folder, adapter_name="second")
+    else:
+        model.load_adapter(str(folder))
+
+
 def refuse_to_load(folder, message, device, family="llama", routes=("new", "second"), **changes):
     """Asserts that the adapter in `folder` is refused for a new model, which stays as it was, as do the files."""
     for load in routes:
@@ -72,12 +81,7 @@ def refuse_to_load(folder, message, device, family="llama", routes=("new", "seco
         if load == "second":  # beside an adapter that is there already
             model = add_eas(model, family, [1])
         with Unchanged(model, family), pytest.raises(ValueError, match=message):
-            if load == "new":
-                PeftModel.from_pretrained(model, folder)
-            elif load == "second":
-                model.load_adapter(folder, adapter_name="second")
-            else:
-                model.load_adapter(str(folder))
+            _load(load, model, folder)
         if load == "second":
             assert list(model.peft_config) == ["default"]
             assert model.active_adapters == ["default"]
@@ -203,7 +207,7 @@ def change_config(folder, **changes):
         ({"groups": 1}, r"do not fit.*shape .* instead of"),
         ({"groups": 3}, r"multiple of groups=3"),
         ({"skipped_modules": mha_names("llama", [1, 3])}, r"do not fit"),
-        ({"skipped_modules": ["model.layers.7.self_attn", "model.layers.0.self_attn"]}, r"layers\.7.*cannot be skipped"),
+        ({"skipped_modules": ["model.layers.7.self_attn"]}, r"layers\.7.*cannot be skipped"),
         ({"num_skip": 3}, r"num_skip=3 contradicts skipped_modules"),
         ({"attention_r": 0}, r"do not fit.*self_attn"),
         ({"context": "image"}, r"context must be 'prompt' or 'running'"),
@@ -252,16 +256,15 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_first_alone(device):
 def test_merging_twice(family, device):
     model = make_eas(family, device, [0, 2], "running")
     merged = model.merge_and_unload()
-    with Unchanged(merged, family), pytest.raises(ValueError, match=r"merged or unloaded already.*first call returned"):
+    with Unchanged(merged, family), pytest.raises(ValueError, match=r"unloaded already.*first call returned"):
         model.merge_and_unload()
     with Unchanged(merged, family), pytest.raises(ValueError, match=r"merged or unloaded already"):
         model.unload()
-    for method in (model.merge_adapter, model.unmerge_adapter, model.freeze_context):
-        with Unchanged(merged, family):
-            try:
-                method()
-            except ValueError as error:
-                assert "already" in str(error)
+    for call in (model.merge_adapter, lambda: model.set_skipped_modules([]), lambda: model.fix_skipped_modules([])):
+        with Unchanged(merged, family), pytest.raises(ValueError, match=r"merged or unloaded already"):
+            call()
+    with Unchanged(merged, family):
+        model.unmerge_adapter()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -293,7 +296,7 @@ def test_merging_another_adapter_into_a_merged_base(device):
 
 
 def test_switching_adapters_while_one_is_merged(device):
-    """Either the outputs are the second adapter's, or it is refused; never a mixture of both."""
+    """PEFT unmerges the first; the outputs are never a mixture of both."""
     inputs = make_inputs("llama", device)
     model = make_eas("llama", device, [0, 2], "running")
     torch.manual_seed(4)
@@ -302,18 +305,13 @@ def test_switching_adapters_while_one_is_merged(device):
         skipped_modules=mha_names("llama", [3]),
     )  # fmt: skip
     model.add_adapter("second", second)
-    first = logits(model.eval(), inputs)
-    model.set_adapter("second")
+    model.eval().set_adapter("second")
     expected = logits(model, inputs)
     model.set_adapter("default")
     model.merge_adapter()
-    try:
+    with pytest.warns(UserWarning, match="Unmerging"):
         model.set_adapter("second")
-    except ValueError as error:
-        assert "unmerge_adapter()" in str(error)
-        assert (logits(model, inputs) - first).abs().max() < 1e-4
-    else:
-        assert (logits(model, inputs) - expected).abs().max() < 1e-4
+    assert difference(logits(model, inputs), expected) <= 1e-5
 
 
 class QuantisedLinear(nn.Linear):

@@ -89,7 +89,7 @@ def test_repeated_skipped_modules():
 
 @pytest.mark.parametrize(("num_skip", "names"), [(3, ["a", "b"]), (0, ["a"]), (1, [])])
 def test_num_skip_and_skipped_modules_that_contradict_each_other(num_skip, names):
-    with pytest.raises(ValueError, match=rf"num_skip={num_skip} contradicts skipped_modules, which names {len(names)}"):
+    with pytest.raises(ValueError, match=rf"num_skip={num_skip} contradicts skipped_modules.* names {len(names)}"):
         EASConfig(num_skip=num_skip, skipped_modules=names)
 
 

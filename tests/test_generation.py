@@ -496,7 +496,7 @@ BYPASSES = {
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2"])
 @pytest.mark.parametrize("route", ["base model", "no task type", "transformers"])
 def test_generate_on_another_route(family, route, options, models, device, tmp_path):
-    """On the base model, without a task type, and with an adapter loaded by transformers alone: the same, or refused."""
+    """On the base model, without a task type, and with an adapter loaded by transformers alone."""
     reference = models(family, "half", "prompt")
     inputs = repeating(family, device)
     expected = generate(reference, inputs, **BYPASSES[options])

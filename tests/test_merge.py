@@ -101,11 +101,10 @@ def test_merged_is_unmerged_with_padding_and_labels(family, skip, device):
 
 def test_merging_by_hand(device):
     """One kept MHA of width 2: W' = W + s W Ū C and b' = s W (Ū c + β), with numbers that can be checked."""
-    config = transformers.LlamaConfig(
-        vocab_size=5, hidden_size=2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1
-    )
-    base = transformers.LlamaForCausalLM(config).to(device)
-    model = get_peft_model(base, EASConfig(attention_r=1, r=1, groups=1, scale=2.0, skipped_modules=[], context="running"))
+    sizes = {"vocab_size": 5, "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=1)).to(device)
+    config = EASConfig(attention_r=1, r=1, groups=1, scale=2.0, skipped_modules=[], context="running")
+    model = get_peft_model(base, config)
     with torch.no_grad():
         base.model.layers[0].self_attn.q_proj.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         for name, parameter in model.named_parameters():
@@ -425,7 +424,8 @@ def test_a_headless_checkpoint_gets_a_new_head(family, device, tmp_path):
     model_class = {"llama": "LlamaModel", "bert": "BertModel"}[family]
     names = [name.partition(".")[2] for name in mha_names(family, [0, 2])]
     base = build_model(family, device, model_class)
-    get_peft_model(base, EASConfig(context="running", skipped_modules=names)).merge_and_unload().save_pretrained(tmp_path)
+    merged = get_peft_model(base, EASConfig(context="running", skipped_modules=names)).merge_and_unload()
+    merged.save_pretrained(tmp_path)
     auto = auto_class(family)
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     heads = ("lm_head", "score", "classifier", "bert.pooler")
@@ -493,8 +493,8 @@ def test_labels_of_a_classifier_survive(device, tmp_path):
 
 
 def test_nothing_skipped_and_nothing_adapted_stays_a_stock_model(device, tmp_path):
-    model = get_peft_model(build_model("llama", device), EASConfig(attention_r=0, skipped_modules=[], context="running"))
-    merged = model.merge_and_unload()
+    config = EASConfig(attention_r=0, skipped_modules=[], context="running")
+    merged = get_peft_model(build_model("llama", device), config).merge_and_unload()
     assert type(merged) is transformers.LlamaForCausalLM
     merged.save_pretrained(tmp_path)
     inputs = make_inputs("llama", device)
@@ -583,7 +583,8 @@ def test_lora_on_top_of_a_merged_model(family, checkpointing, device, tmp_path):
     adapted = logits(model, inputs)
     assert difference(adapted, expected) > 1e-3
     model.save_pretrained(tmp_path / "lora")
-    again = PeftModel.from_pretrained(auto_class(family).from_pretrained(tmp_path / "base").to(device), tmp_path / "lora")
+    again = auto_class(family).from_pretrained(tmp_path / "base").to(device)
+    again = PeftModel.from_pretrained(again, tmp_path / "lora")
     assert difference(logits(again.eval(), inputs), adapted) <= 1e-6
     twice = model.merge_and_unload()
     assert difference(logits(twice, inputs), adapted) <= 1e-5

@@ -455,8 +455,9 @@ def test_sequence_classification_with_a_decoder_takes_the_whole_input(device):
     ):
         base = build_model("llama", device, model_class.__name__, num_labels=3, classifier_dropout=0.0)
         config = EASConfig(
-            task_type=task, r=8, attention_r=4, dropout=0.0, init_weights=False, skipped_modules=mha_names("llama", [0])
-        )
+            task_type=task, r=8, attention_r=4, dropout=0.0, init_weights=False,
+            skipped_modules=mha_names("llama", [0]),
+        )  # fmt: skip
         model = get_peft_model(base, config).train()
         labels = torch.ones(shape, dtype=torch.long, device=device)
         with warnings.catch_warnings():
@@ -730,7 +731,7 @@ def test_after_fix_only_that_set_can_be_used(device):
     inputs = make_inputs("llama", device)
     expected = logits(model, inputs)
     for layers in ([0, 1], [1], [1, 2, 3], []):
-        with pytest.raises(ValueError, match="has no adapter for being (skipped|kept)"):
+        with pytest.raises(ValueError, match=r"has no adapter for being (skipped|kept)"):
             model.set_skipped_modules(mha_names("llama", layers))
         assert model.skipped_modules == mha_names("llama", [1, 3])
     model.set_skipped_modules(mha_names("llama", [1, 3]))

@@ -31,7 +31,7 @@ def make_batch(size: int, seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(2 * LENGTH) <= LENGTH, -100)}
 
 
-def train_base(seed: int, steps: int = 200) -> LlamaForCausalLM:
+def train_base(seed: int, steps: int = 150) -> LlamaForCausalLM:
     """A Llama that repeats sequences, and that fails to without any one of the MHAs that are not planted."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
@@ -64,26 +64,17 @@ def loss_of(model: PeftModel, names: list[str], batch: dict[str, torch.Tensor]) 
     return model(**batch).loss.item()
 
 
-def matter(model: PeftModel) -> bool:
-    """Whether the loss is low, stays as it is without any planted MHA, and grows fivefold without any other."""
-    batch = make_batch(256, seed=10**6)
-    whole = loss_of(model, [], batch)
-    alone = [loss_of(model, [name], batch) for name in NAMES]
-    redundant = all(loss == whole for name, loss in zip(NAMES, alone) if name in PLANTED_NAMES)
-    needed = all(loss > 5 * whole for name, loss in zip(NAMES, alone) if name not in PLANTED_NAMES)
-    return whole < 0.1 and redundant and needed
-
-
 @pytest.fixture(scope="module")
 def base() -> PeftModel:
-    """The trained model, with the adapters' start, which is "attention dropped" where an MHA is skipped."""
-    # Which attentions a training run comes to need depends on rounding, hence on the machine.
-    for seed in range(5):
-        config = EASConfig(task_type="CAUSAL_LM", num_skip=len(PLANTED), r=8, attention_r=4)
-        model = get_peft_model(train_base(seed), config).eval()
-        if matter(model):
-            return model
-    pytest.fail("In five training runs, not every attention that was left came to matter.")
+    """The trained model, with the adapters as they start: "attention dropped" where an MHA is skipped."""
+    model = get_peft_model(train_base(seed=0), EASConfig(task_type="CAUSAL_LM", num_skip=len(PLANTED))).eval()
+    batch = make_batch(256, seed=10**6)
+    whole = loss_of(model, [], batch)
+    assert whole < 0.05
+    for name in NAMES:
+        alone = loss_of(model, [name], batch)
+        assert alone == whole if name in PLANTED_NAMES else alone > 0.5, name
+    return model
 
 
 @pytest.fixture(scope="module")
