@@ -334,8 +334,11 @@ def test_merging_in_a_quantised_base(method, where, device):
     base = build_model("llama", device)
     base.set_submodule(where, QuantisedLinear(base.get_submodule(where)))
     model = add_eas(base, "llama", [0, 2], "running")
-    with Unchanged(model, "llama"), pytest.raises(
-        TypeError, match=rf"Cannot fold an adapter into {where}.*quantised.*int8.*float32, float16 or bfloat16"
+    with (
+        Unchanged(model, "llama"),
+        pytest.raises(
+            TypeError, match=rf"Cannot fold an adapter into {where}.*quantised.*int8.*float32, float16 or bfloat16"
+        ),
     ):
         getattr(model, method)()
 

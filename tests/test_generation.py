@@ -547,9 +547,10 @@ def test_two_generations_do_not_mix(models, device):
         generate(model, make_inputs("llama", device, length=4), logits_processor=[stop])
     actual = generate(model, inputs)
     assert torch.equal(actual.sequences, expected.sequences)
-    assert torch.equal(logits(model, inputs)[:, -1], actual.logits[0]) or difference(
-        logits(model, inputs)[:, -1], actual.logits[0]
-    ) <= TOLERANCE
+    assert (
+        torch.equal(logits(model, inputs)[:, -1], actual.logits[0])
+        or difference(logits(model, inputs)[:, -1], actual.logits[0]) <= TOLERANCE
+    )
 
 
 def test_generation_during_a_search(device):
