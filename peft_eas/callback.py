@@ -19,7 +19,6 @@ from .trainer import (
     describe_progress,
     forget_best_checkpoint,
     move_to_front,
-    retire_dropped_parameters,
     saved_record,
 )
 
@@ -167,7 +166,7 @@ class EASCallback(TrainerCallback, ExportableState):
                 seed=self._seed(args),
             )
             if saved is not None:
-                self._resume(eas, saved, kwargs["optimizer"])
+                self._resume(eas, saved)
             elif state.global_step > 0:
                 raise ValueError(
                     f"The checkpoint of step {state.global_step} holds no search to resume: it was written without "
@@ -175,7 +174,6 @@ class EASCallback(TrainerCallback, ExportableState):
                 )
         elif config.skipped_modules is None and config.num_skip:  # all candidates: there is nothing to choose
             eas.fix_skipped_modules(eas.candidates)
-            retire_dropped_parameters(kwargs["optimizer"], eas)
         self._set_schedule(state.max_steps)
         if self._is_searching:
             self._reward_set = choose_reward_set(trainer, self.reward_dataset, self._held_back, self._seed(args))
@@ -211,7 +209,7 @@ class EASCallback(TrainerCallback, ExportableState):
                 self._bandit.update(sets, losses, step=state.global_step)
             eas.set_skipped_modules(self._bandit.best())
             if state.global_step >= self._search_end:
-                self._fix(args, state, eas, kwargs["optimizer"])
+                self._fix(args, state, eas)
         self._freeze_if_due(eas, state)
 
     def on_train_end(
@@ -225,7 +223,7 @@ class EASCallback(TrainerCallback, ExportableState):
                 state.global_step,
                 self._search_end,
             )
-            self._fix(args, state, _eas_of(model), kwargs["optimizer"])
+            self._fix(args, state, _eas_of(model))
 
     def on_log(
         self,
@@ -276,12 +274,11 @@ class EASCallback(TrainerCallback, ExportableState):
                 f"at step {self._search_end} (search_steps={self.search_steps}). Freeze later, or search for less."
             )
 
-    def _resume(self, eas: EASModel, saved: dict[str, Any], optimizer: Any) -> None:
+    def _resume(self, eas: EASModel, saved: dict[str, Any]) -> None:
         self._bandit.load_state_dict(saved["bandit"])
         self._reward_source = saved["reward_source"]
         if saved["skipped_modules"] is not None:
             eas.fix_skipped_modules(saved["skipped_modules"])
-            retire_dropped_parameters(optimizer, eas)
             self._skipped_modules = eas.skipped_modules
         elif self._skipped_modules is not None:
             raise ValueError(
@@ -290,10 +287,12 @@ class EASCallback(TrainerCallback, ExportableState):
                 "get_peft_model with num_skip, as for the first run, and resume with that."
             )
 
-    def _fix(self, args: TrainingArguments, state: TrainerState, eas: EASModel, optimizer: Any) -> None:
+    def _fix(self, args: TrainingArguments, state: TrainerState, eas: EASModel) -> None:
+        # The optimizer keeps the parameters that are dropped here; without gradients it never touches them again.
+        # When a run is resumed, Trainer makes the optimizer for a model that still has every adapter, loads its saved
+        # state, and only then calls a callback: the two fit each other because none ever leaves a parameter out.
         eas.fix_skipped_modules(self._bandit.best())
         self._skipped_modules = eas.skipped_modules
-        retire_dropped_parameters(optimizer, eas)
         forget_best_checkpoint(state)
         logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), state.global_step)
         if state.is_world_process_zero:

@@ -147,7 +147,9 @@ def _draw_rewards(axes: "Axes", bandit: AttentionBandit) -> None:
     axes.plot([], [], "o", color=FAINT, markersize=2.5, label="a set tried")
     axes.set_ylabel("reward exp(−loss)" if is_exp else "held-out loss\n(lower: more reward)")
     axes.legend(fontsize=FONT_SIZE, frameon=False, ncols=2, loc="upper right")
-    axes.margins(y=0.3)
+    axes.margins(x=0.01)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
 
 
 def _label_ends(axes: "Axes", ends: list[tuple[float, str, Any]]) -> None:

@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from .model import EASModel
@@ -68,21 +67,6 @@ def saved_record(state: TrainerState, name: str) -> dict[str, Any] | None:
     if isinstance(saved, list):
         raise ValueError(f"The checkpoint holds {len(saved)} {name}s. Train with one, and resume with one.")
     return saved.get("record")
-
-
-def retire_dropped_parameters(optimizer: Any, model: nn.Module) -> None:
-    """Freezes the parameters that are no longer in the model but still in the optimizer, and lets them stay there.
-
-    On resuming, Trainer makes the optimizer for a model that still has every adapter, loads the saved optimizer state
-    into it, and only then calls a callback. Both fit each other because neither ever leaves a parameter out. Without
-    gradients they are never touched again; they are few, and the adapter's checkpoint does not hold them.
-    """
-    in_model = {id(parameter) for parameter in model.parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in in_model:
-                parameter.requires_grad_(False)
-                parameter.grad = None
 
 
 def forget_best_checkpoint(state: TrainerState) -> None:

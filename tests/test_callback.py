@@ -22,7 +22,7 @@ def test_a_run_samples_then_fixes_then_freezes(tmp_path):
     config = trainer.model.peft_config["default"]
     assert len(watcher.in_steps) == 20
     assert all(len(names) == 2 for names in watcher.in_steps)
-    assert len(set(watcher.in_steps[:12])) > 1
+    assert len(set(watcher.in_steps[:4])) > 1  # before any reward, the best set is always the same
     assert set(watcher.in_steps[12:]) == {tuple(eas.skipped_modules)}
     assert config.skipped_modules == eas.skipped_modules
     assert config.context == "running"
@@ -167,14 +167,26 @@ def test_checkpoints_after_the_search_hold_only_what_is_used(tmp_path):
     assert after.keys() < during.keys()
 
 
-def test_the_best_checkpoint_is_one_of_the_final_model(tmp_path):
+@pytest.mark.parametrize(("freeze_at", "final_from"), [(16, 16), (None, 12)])
+def test_the_best_checkpoint_is_one_of_the_final_model(tmp_path, freeze_at, final_from):
     """Checkpoints of the search, and of the unfrozen context, are of another model, however good their loss."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if ".up." in name and name.endswith("bias"):
+                        parameter.add_(0.2)
+
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    options |= {"load_best_model_at_end": True, "learning_rate": 0.3}
-    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), **options)
+    trainer = make_trainer(
+        tmp_path, EASCallback(**{**SCHEDULE, "freeze_context_at": freeze_at}), load_best_model_at_end=True, **options
+    )
+    trainer.add_callback(Spoil())
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    best = min((step for step in losses if step >= 16), key=losses.get)
+    best = min((step for step in losses if step >= final_from), key=losses.get)
+    assert min(losses, key=losses.get) < final_from
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best])
 
