@@ -58,8 +58,8 @@ class EASCallback(TrainerCallback, ExportableState):
         score_lr: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
         score_temperature: temperature κ of the scores.
         reward_dataset: what rewards are computed on, in batches of `per_device_eval_batch_size`. Default: the
-            Trainer's eval set (the first, if there are several). Where there is none either, 5 % of the training set,
-            at most 512 samples, are held back from training for it.
+            Trainer's eval set (the first, if there are several), whose figures are then slightly selected for. Where
+            there is none either, 5 % of the training set, at most 512 samples, are held back from training for it.
         freeze_context_at: when the context is frozen; None for never.
         seed: of all that the search draws. Default: the Trainer's.
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,7 @@ class EASModel(BaseTuner):
             self._candidates: dict[str, Candidate] = present
             self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
             hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, PromptHook))
-            self._prompt_hook = next(hooks, None) or PromptHook(model, self._needs_prompt, self._answer_in_input)
+            self._prompt_hook = next(hooks, None) or PromptHook(model, self._needs_prompt, self.answer_in_input)
             self.register_load_state_dict_pre_hook(EASModel._refuse_unfit_weights)
         self._newest_adapter, self._prompt_hook.was_used = name, False
         added = {
@@ -168,16 +169,30 @@ class EASModel(BaseTuner):
         """What the base model returns."""
         return self.model(*args, **kwargs)  # PEFT before 0.21 calls `model.forward`, which passes the hooks by
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT enters this around `forward` and `generate`, and then drops `adapter_names`.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']} asks for one adapter per sample, but EAS runs one adapter "
+                "at a time. Leave it out, and choose the adapter with set_adapter()."
+            )
+        yield
+
     # --- prompt and context ----------------------------------------------------------------------------------------
 
     def _needs_prompt(self) -> bool:
         by_prompt = any(config.context == "prompt" for config in self.peft_config.values())
         return by_prompt and any(layer.needs_prompt for layer in self._adapted_layers())
 
-    def _answer_in_input(self) -> bool:
+    def answer_in_input(self) -> bool:
+        """Whether the labels, by the adapter's task and the base's kind, mark an answer among the input's tokens."""
+        # BERT and its like can be causal too.
+        is_decoder = getattr(getattr(self.model, "config", None), "is_decoder", False)
+        kinds = ("decoder", "encoder") if is_decoder else ("decoder",)
         in_force = ((layer.candidate, layer.adapter_in_force) for layer in self._adapted_layers())
         return any(
-            candidate.architecture.kind == "decoder" and candidate.configs[name].task_type not in _TASKS_WITHOUT_ANSWER
+            candidate.architecture.kind in kinds and candidate.configs[name].task_type not in _TASKS_WITHOUT_ANSWER
             for candidate, name in in_force
             if name is not None
         )

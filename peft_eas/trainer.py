@@ -48,7 +48,7 @@ def check_labels_reach_model(trainer: Trainer, eas: EASModel) -> None:
 
     With remove_unused_columns=False a batch may bring `eas_prompt_mask` instead; the model warns if it does not.
     """
-    if not eas._answer_in_input() or not trainer.args.remove_unused_columns:
+    if not eas.answer_in_input() or not trainer.args.remove_unused_columns:
         return
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
         option = f"label_smoothing_factor={trainer.args.label_smoothing_factor}"

@@ -263,14 +263,17 @@ def test_a_merged_model_has_no_parameters_of_skipped_mhas(family, skip, device):
     assert not any("eas_" in name for name in names)
 
 
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("family", [*DECODERS, "bert"])
-def test_output_attentions_list_only_the_kept_layers(family, device):
+def test_output_attentions_list_only_the_kept_layers(family, merge, device):
     model = build_model(family, device)
     model.set_attn_implementation("eager")
-    model = add_eas(model, family, [0, 2])
+    model = add_eas(model, family, [0, 2], "running")
+    model = model.merge_and_unload() if merge else model
     with torch.no_grad():
-        attentions = model(**make_inputs(family, device), output_attentions=True).attentions
-    assert sum(attention is not None for attention in attentions) == 2
+        output = model(**make_inputs(family, device), output_attentions=True, output_hidden_states=True)
+    assert sum(attention is not None for attention in output.attentions) == 2
+    assert len(output.hidden_states) == LAYERS + 1
 
 
 # --- point 5: no leak ------------------------------------------------------------------------------------------------
@@ -427,6 +430,22 @@ def test_training_without_labels_is_warned_about(device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**inputs)
+
+
+@pytest.mark.parametrize("skip", ["half", "all"])
+def test_a_causal_bert_does_not_leak_either(skip, device):
+    base = build_model("bert", device, "BertLMHeadModel", is_decoder=True)
+    model = add_eas(base, "bert", SKIPS[skip], task_type="CAUSAL_LM", warm=False)
+    inputs = with_labels(make_inputs("bert", device), answer=4)
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][:, 10] = (changed["input_ids"][:, 10] + 3) % 59 + 1
+    before, after = logits(model, inputs), logits(model, changed)
+    torch.testing.assert_close(after[:, :10], before[:, :10], rtol=1e-5, atol=1e-5)
+    prompt = make_inputs("bert", device)
+    cached, uncached = (
+        model.generate(**prompt, max_new_tokens=5, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
@@ -623,6 +642,37 @@ def test_training_lowers_the_loss(context, device):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_training_under_autocast(family, device):
+    results = {}
+    for enabled in (False, True):
+        model = make_eas(family, device, [0, 2], warm=False).train()
+        inputs = make_inputs(family, device)
+        with torch.autocast(device.partition(":")[0], dtype=torch.bfloat16, enabled=enabled):
+            loss = loss_of(model, family, with_labels(inputs) if family in TEXT else inputs)
+        loss.backward()
+        contexts = {name: value for name, value in model.named_buffers() if name.endswith("running_context")}
+        assert all(value.dtype == torch.float32 for value in contexts.values())
+        results[enabled] = loss.float(), contexts
+    torch.testing.assert_close(results[True][0], results[False][0], rtol=0.05, atol=0.05)
+    for name, value in results[False][1].items():
+        assert difference(results[True][1][name], value) < 0.05
+
+
+def test_status_as_peft_reports_it(device):
+    model = make_eas("llama", device, [0, 2], "running")
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    assert (status.available_adapters, status.requires_grad) == (["default"], {"default": True})
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert status.trainable_params == trainable
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert model.get_model_status().enabled is False
 
 
 def test_deepcopy_is_independent(device):
@@ -913,6 +963,14 @@ def test_two_active_adapters_are_refused(device):
     with pytest.raises(ValueError, match=r"one adapter at a time, but \['default', 'other'\].*Set one"):
         model.base_model.set_adapter(["default", "other"])
     assert model.active_adapters == ["default"]
+
+
+def test_an_adapter_per_sample_is_refused(device):
+    model = make_eas("llama", device, [0])
+    inputs = make_inputs("llama", device)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"adapter_names=.*one adapter at a time.*set_adapter\(\)"):
+            call(**inputs, adapter_names=["default", "__base__"])
 
 
 def test_two_models_of_one_class_do_not_share_anything(device):
