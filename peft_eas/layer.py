@@ -17,7 +17,6 @@ from .architectures import Architecture
 from .config import EASConfig
 from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
 from .merged import advance_cache, skipped_output
-from .peft_type import AdapterDict
 from .prompt import PROMPT_KEY, Prompt, read_context, write_context
 
 
@@ -281,7 +280,7 @@ class MHALayer(AdaptedLayer):
 
     def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
         super().__init__(base_layer, candidate)
-        self.eas_input = AdapterDict()
+        self.eas_input = nn.ModuleDict()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""
@@ -333,7 +332,7 @@ class FFNLayer(AdaptedLayer):
 
     def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
         super().__init__(base_layer, candidate)
-        self.eas_pia = AdapterDict()
+        self.eas_pia = nn.ModuleDict()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the FFN does."""

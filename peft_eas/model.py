@@ -165,10 +165,6 @@ class EASModel(BaseTuner):
     def _adapted_layers(self) -> Iterator[AdaptedLayer]:
         return (layer for layer in self._layers() if isinstance(layer, AdaptedLayer))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the base model returns."""
-        return self.model(*args, **kwargs)  # PEFT before 0.21 calls `model.forward`, which passes the hooks by
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT enters this around `forward` and `generate`, and then drops `adapter_names`.

@@ -626,12 +626,3 @@ def test_eas_on_top_of_a_merged_model(family, device, tmp_path):
     twice.save_pretrained(tmp_path)
     loaded = load_strictly(auto_class(family), tmp_path).to(device)
     assert difference(logits(loaded, inputs), expected) <= 1e-5
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_a_merged_model_compiles(family, device):
-    merged = make_eas(family, device, [0, 2], "running").merge_and_unload()
-    inputs = make_inputs(family, device)
-    torch._dynamo.reset()
-    compiled = torch.compile(merged, backend="eager")
-    assert difference(logits(compiled, {**inputs, "use_cache": False}), logits(merged, inputs)) <= 1e-5
