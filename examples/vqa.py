@@ -6,10 +6,7 @@ Nothing here knows one model: the tokenizer, the image size and the wording of t
 the arguments, and an answer may be one token or several.
 """
 
-import importlib.machinery
-import importlib.util
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -28,20 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-
-def _import_easy_vqa() -> ModuleType:
-    """The installed package easy_vqa, which the example of the same name hides when a script is run from here."""
-    elsewhere = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-    spec = importlib.machinery.PathFinder.find_spec("easy_vqa", elsewhere)
-    if spec is None:
-        raise ModuleNotFoundError('The examples need the package easy-vqa: pip install "peft_eas[examples]"')
-    module = sys.modules["easy_vqa"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-easy_vqa = _import_easy_vqa()
 
 Kind = Literal["what", "yes/no"]
 Split = Literal["train", "test"]
