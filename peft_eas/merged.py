@@ -31,6 +31,8 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "gpt2"),
     *("bert", "vit", "clip_vision_model", "clip", "llava"),
 )
+# Of the record `eas`. A process may load a checkpoint with the code of another one, which may be older.
+FORMAT = 1
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
@@ -47,8 +49,13 @@ def apply_record(
     by module name, or new ones for a checkpoint's weights.
 
     Raises:
-        ValueError: if the model has no module of a recorded name.
+        ValueError: if the model has no module of a recorded name; for a record of another format.
     """
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"The record `eas` in the checkpoint's config has the format {record.get('format')!r}, but this code reads "
+            f"format {FORMAT}. Run `pip install --upgrade peft_eas`, `import peft_eas`, and load it in a new process."
+        )
     for name, entry in record["skipped"].items():
         mha = _find(model, name)
         if isinstance(mha, SkippedMHA):  # by the body, which is a merged model itself
@@ -60,8 +67,10 @@ def apply_record(
             _replace(model, norm_name, nn.Identity())
     for name in record["biases"]:
         projection = _find(model, name)
+        weight = getattr(projection, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(_misfit(model, name))
         if projection.bias is None:
-            weight = projection.weight
             projection.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
     for name, entry in record.get("adapters", {}).items():
         module = _find(model, name)
@@ -108,10 +117,14 @@ def _find(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(_resolve(model, name))
     except AttributeError as error:
-        raise ValueError(
-            f"The checkpoint's config says that {name} was changed by EAS, but {type(model).__name__} has no such "
-            "module. Load it with the class that its config names under `architectures`, and leave `eas` as it is."
-        ) from error
+        raise ValueError(_misfit(model, name)) from error
+
+
+def _misfit(model: nn.Module, name: str) -> str:
+    return (
+        f"The checkpoint's config says that {name} was changed by EAS, but {type(model).__name__} has no such module. "
+        "Load it with the class that its config names under `architectures`, and leave `eas` as it is."
+    )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -8,12 +8,12 @@ from torch import nn
 
 from .adapter import RoutedAdapter
 from .layer import AdaptedLayer, MHALayer
-from .merged import relative_name
+from .merged import FORMAT, relative_name
 
 
 def record_of_fold(model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str) -> dict[str, Any]:
     """The record of a merge that folds the adapter `adapter_name` with its running context."""
-    record: dict[str, Any] = {"context": "running", "skipped": {}, "biases": []}
+    record: dict[str, Any] = {"format": FORMAT, "context": "running", "skipped": {}, "biases": []}
     for layer in layers:
         _record_skipped(record, model, layer, adapter_name)
         if layer.used_adapter(adapter_name) is not None:
@@ -29,8 +29,10 @@ def record_with_adapters(
     model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str, answer_in_input: bool
 ) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
     """The record of a merge that keeps the adapters for each prompt's own context, and these, by module name."""
-    record: dict[str, Any] = {"context": "prompt", "skipped": {}, "biases": [], "adapters": {}}
-    record["answer_in_input"] = answer_in_input
+    record: dict[str, Any] = {
+        **{"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}},
+        "answer_in_input": answer_in_input,
+    }
     kept = {}
     for layer in layers:
         _record_skipped(record, model, layer, adapter_name)
