@@ -53,7 +53,7 @@ def apply_record(
     """
     if record.get("format") != FORMAT:
         raise ValueError(
-            f"The record `eas` in the checkpoint's config has the format {record.get('format')!r}, but this code reads "
+            f"The record `eas` in the checkpoint's config has format {record.get('format')!r}, but this code reads "
             f"format {FORMAT}. Run `pip install --upgrade peft_eas`, `import peft_eas`, and load it in a new process."
         )
     for name, entry in record["skipped"].items():

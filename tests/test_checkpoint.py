@@ -285,7 +285,7 @@ def test_a_record_of_another_format(copied):
     config = json.loads((folder / "config.json").read_text())
     config["eas"]["format"] = 2
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"format 2, but this code reads format 1.*pip install --upgrade"):
+    with pytest.raises(ValueError, match=r"has format 2, but this code reads format 1.*pip install --upgrade"):
         auto.from_pretrained(folder)
 
 
