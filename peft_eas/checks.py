@@ -9,8 +9,8 @@ from torch import nn
 
 from .architectures import Architecture, default_targets, find_mhas
 from .config import EASConfig
+from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer
-from .prompted import ADAPTER_NAME
 from .skipped import SkippedMHA
 
 # What PEFT adds to modules_to_save for some tasks, whether the model has it or not.

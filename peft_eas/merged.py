@@ -23,8 +23,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
 from .checkpoint import CODE_FILE, CheckpointMixin
+from .forward import ADAPTER_NAME, AdaptedForward, BranchForward, Carrier, PromptedAdapter
 from .prompt import PromptHook
-from .prompted import ADAPTER_NAME, Carrier, PromptedInput
 from .skipped import SkippedMHA
 
 FAMILIES = (
@@ -65,6 +65,9 @@ def apply_record(
         _replace(model, name, stub.to(next(mha.parameters()).device))
         for norm_name in entry["norms"]:
             _replace(model, norm_name, nn.Identity())
+        if entry["branch"] is not None:
+            block = _find(model, entry["block"])
+            block.forward = BranchForward(block, entry["branch"], entry["layer_idx"])
     for name in record["biases"]:
         projection = _find(model, name)
         weight = getattr(projection, "weight", None)
@@ -75,8 +78,7 @@ def apply_record(
     for name, entry in record.get("adapters", {}).items():
         module = _find(model, name)
         if not hasattr(module, ADAPTER_NAME):
-            adapter = adapters[name] if adapters else _new_adapter(entry)
-            _keep_adapter(model, module, adapter, entry)
+            _keep_adapter(model, module, adapters[name] if adapters else _new_adapter(entry), record, entry)
     if record.get("context") == "prompt":
         PromptHook(model, is_needed=_yes, answer_in_input=_yes if record["answer_in_input"] else _no)
 
@@ -93,12 +95,21 @@ def _new_adapter(entry: dict[str, Any]) -> RoutedAdapter:
     return (InputAdapter if entry["skipped_mha"] is None else PropagationAdapter)(**entry["shape"])
 
 
-def _keep_adapter(model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, entry: dict[str, Any]) -> None:
+def _keep_adapter(
+    model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, record: dict[str, Any], entry: dict[str, Any]
+) -> None:
+    """Puts `adapter` in front of `module`, an MHA, or the FFN behind a deleted MHA."""
+    module.add_module(ADAPTER_NAME, adapter)
+    prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["of_text"])
+    skipped = record["skipped"].get(entry["skipped_mha"])
+    if skipped is not None and skipped["branch"] is not None:
+        _find(model, skipped["block"]).forward.prompted[entry["child"]] = prompted
+        return
     carrier = None
-    if entry["skipped_mha"] is not None:
+    if skipped is not None:
         carrier = Carrier()
         _find(model, entry["skipped_mha"]).register_forward_pre_hook(carrier, with_kwargs=True)
-    PromptedInput(entry["layer_idx"], entry["of_text"], carrier).attach(module, adapter)
+    module.forward = AdaptedForward(module, prompted, carrier)
 
 
 def _resolve(model: nn.Module, name: str) -> str:
