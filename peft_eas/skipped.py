@@ -53,7 +53,7 @@ class NoUpdate:
         return self.like.shape
 
     def __getattr__(self, name: str) -> Any:
-        if name == "like":  # not set yet, as while it is being copied
+        if name == "like" or name.startswith("__"):  # asked for while it is being copied
             raise AttributeError(name)
         return getattr(self.zeros(), name)
 

@@ -188,17 +188,18 @@ def count_calls(model: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("family", ALL)
 def test_skipped_means_not_computed(family, skip, merge, device, monkeypatch):
     kernels = []
-    # Gemma 2, which caps its attention scores, has a kernel of its own.
-    for module, name in (
-        (nn.functional, "scaled_dot_product_attention"),
-        (modeling_gemma2, "eager_attention_forward"),
-    ):
 
-        def counted(*args, kernel=getattr(module, name), **kwargs):
+    def counted(kernel):
+        def count(*args, **kwargs):
             kernels.append(1)
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, counted)
+        return count
+
+    places = [(nn.functional, "scaled_dot_product_attention")]
+    places.append((modeling_gemma2, "eager_attention_forward"))  # which caps its attention scores itself
+    for module, name in places:
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     model = make_eas(family, device, SKIPS[skip], "running")
     model = model.merge_and_unload() if merge else model
     calls = count_calls(model)
