@@ -11,7 +11,8 @@ This module needs nothing but torch and transformers.
 
 import importlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
     "Run `pip install peft_eas`, then `import peft_eas` and load it with an Auto class."
 )
+
+# Called with the model and the folder, on the main process, whenever a merged model has been saved or is pushed.
+AFTER_SAVE: list[Callable[[PreTrainedModel, str], None]] = []
 
 
 class EmptyLayer(DynamicLayer):
@@ -202,6 +206,23 @@ class MergedModelMixin:
         super().__init__(config, *args, **kwargs)
         delete_attention(self, config.eas)
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As the stock class; then calls the functions in `AFTER_SAVE`."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            self._call_after_save(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        # push_to_hub has just put the Hub's card, or an empty one, in the place of the one that was saved.
+        self._call_after_save(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _call_after_save(self, folder: str | os.PathLike) -> None:
+        for function in AFTER_SAVE:
+            function(self, os.fspath(folder))
+
 
 _CLASSES: dict[type, type] = {}
 
@@ -276,7 +297,7 @@ def _with_earlier_merges(record: dict[str, Any], earlier: dict[str, Any] | None)
         return record
     skipped = {**earlier["skipped"], **record["skipped"]}
     biases = [name for name in earlier["biases"] if not name.startswith(tuple(f"{mha}." for mha in skipped))]
-    return {"skipped": skipped, "biases": biases + record["biases"]}
+    return {**record, "skipped": skipped, "biases": biases + record["biases"]}
 
 
 def __getattr__(name: str) -> type:

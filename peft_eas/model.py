@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .card import origin
 from .checks import (
     block_width,
     check_base,
@@ -363,7 +364,7 @@ class EASModel(BaseTuner):
 
     def _record(self, name: str) -> dict[str, Any]:
         """What a merge with the adapter `name` deletes and adds, as the merged model's config keeps it."""
-        record: dict[str, Any] = {"skipped": {}, "biases": []}
+        record: dict[str, Any] = {"skipped": {}, "biases": [], "origin": origin(self, name)}
         for layer in self._adapted_layers():
             candidate, row = layer.candidate, layer.candidate.architecture
             if isinstance(layer, MHALayer) and name in candidate.skipped_by:
