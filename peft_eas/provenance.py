@@ -29,8 +29,9 @@ LICENSE_TIMEOUT = 3.0  # seconds
 def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     """Where a model merged with this adapter comes from, as values for JSON: the merged config keeps it.
 
-    `base_model` is the base's id on the Hub, or None; `base_name` is what to call it, without the path of a folder.
-    The base's license is looked for in its own card: locally, in the cache, and once on the Hub.
+    `base_model` is the base's id on the Hub, or None; `base_name` is what to call it, without the path of a folder;
+    `license` holds the fields about it of the base's own card. A base that was merged before, and has no id on the
+    Hub, counts as the base that it came from.
     """
     from . import __version__  # the package imports this module
 
@@ -38,27 +39,27 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     base_config = getattr(eas.model, "config", None)
     earlier = (getattr(base_config, "eas", None) or {}).get("origin") or {}
     name = config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None
-    base = {
-        "base_model": hub_id_of(name),
-        "base_name": name and Path(name).resolve().name,
-        "license": base_license(name),
-    }
-    if base["base_model"]:
-        base["base_name"] = name
-    own = _parameters_of(eas, adapter_name)
+    hub_id = hub_id_of(name)
     everything = {id(parameter): parameter.numel() for parameter in eas.model.parameters()}
-    foreign = {id(p) for other in eas.peft_config for p in _parameters_of(eas, other)}
-    candidates = [name for name, c in eas._candidates.items() if adapter_name in c.configs]
+    added = {id(parameter) for other in eas.peft_config for parameter in _parameters_of(eas, other)}
+    base = {
+        "base_model": hub_id,
+        "base_name": hub_id or (name and Path(name).resolve().name),
+        "license": base_license(name),
+        "base_parameters": sum(size for key, size in everything.items() if key not in added),
+    }
+    if earlier and hub_id is None:  # merged before, and never published
+        base |= {key: earlier[key] for key in base if key in earlier}
     return {
-        **(base if name or not earlier else {key: earlier.get(key) for key in base}),
+        **base,
         "task_type": getattr(config.task_type, "value", config.task_type),
-        "candidates": earlier.get("candidates") or candidates,
+        "candidates": earlier.get("candidates")
+        or [name for name, candidate in eas._candidates.items() if adapter_name in candidate.configs],
         "scores": config.scores,
         "r": config.r,
         "attention_r": config.attention_r,
         "context": config.context,
-        "trainable_parameters": sum(parameter.numel() for parameter in own),
-        "base_parameters": sum(size for key, size in everything.items() if key not in foreign),
+        "trainable_parameters": sum(parameter.numel() for parameter in _parameters_of(eas, adapter_name)),
         "peft_eas_version": __version__,
     }
 
