@@ -116,17 +116,19 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
     count = f"{len(deleted)} of {len(candidates)}"
     size, base_size, trained = model.num_parameters(), facts.get("base_parameters"), facts.get("trainable_parameters")
     change = f" ({100 * (size / base_size - 1):+.1f} % against the base)" if base_size else ""
+    fate = "stand there" if record.get("adapters") else "are folded into the weights"
     has_code = (folder / CODE).exists()
     call = f'model = {auto_class}.from_pretrained("{PLACEHOLDER}"{{}})'
     sections = [
         f"This is {_base_link(facts)}, fine-tuned by {PAPER} with PEFT and peft_eas: {count} attentions (MHAs) are "
-        "deleted, and the small linear adapters that were trained in their place are folded into the weights. The KV "
-        "cache holds nothing for the deleted attentions.",
+        f"deleted, and the small linear adapters that were trained in their place {fate}. The KV cache holds nothing "
+        "for the deleted attentions.",
         _facts_table(
             facts,
             task,
             ("Attentions deleted", count),
             ("Rank of the adapters", _ranks(facts)),
+            ("Context", CONTEXTS.get(facts.get("context"), "")),
             ("Parameters", f"{size:,}{change}"),
             ("Parameters trained", f"{trained:,}" if trained else ""),
         ),
