@@ -128,7 +128,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
             task,
             ("Attentions deleted", count),
             ("Rank of the adapters", _ranks(facts)),
-            ("Context", CONTEXTS.get(facts.get("context"), "")),
+            ("Context", CONTEXTS.get(record.get("context") or facts.get("context"), "")),
             ("Parameters", f"{size:,}{change}"),
             ("Parameters trained", f"{trained:,}" if trained else ""),
         ),
