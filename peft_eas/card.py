@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from yaml import YAMLError
 
 from .plots import draw_skip_map
-from .provenance import CARD, hub_id_of, origin, record_speed
+from .provenance import CARD, hub_id_of, origin, record_speed, saved_numbers
 
 __all__ = ["adapter_card", "origin", "record_speed", "write_adapter_card", "write_merged_card"]
 
@@ -65,9 +65,9 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
     """
     eas, name = model.base_model, model.active_adapter
     config, facts, skipped = eas.peft_config[name], origin(eas, name), eas.skipped_modules
+    folder, is_over = Path(folder), config.skipped_modules is not None or not config.num_skip
     auto_class, task = _auto_class(type(eas.model))
     count = f"{len(skipped)} of {len(facts['candidates'])}"
-    saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).values()
     share = 100 * facts["trainable_parameters"] / model.get_nb_trainable_parameters()[1]
     hub_id = facts["base_model"]
     sections = [
@@ -81,15 +81,9 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
             ("Rank", _ranks(facts)),
             ("Context", CONTEXTS[facts["context"]]),
             ("Trainable parameters", f"{facts['trainable_parameters']:,} ({share:.2f} % of all)"),
-            ("Numbers in the adapter's file", f"{sum(tensor.numel() for tensor in saved):,}"),
+            ("Numbers in the adapter's file", f"{saved_numbers(eas, name):,}"),
         ),
-        *_skip_map(
-            facts,
-            facts["candidates"],
-            skipped,
-            Path(folder),
-            is_over=config.skipped_modules is not None or not config.num_skip,
-        ),
+        *_skip_map(facts, facts["candidates"], skipped, folder, is_over),
         "### Use",
         "With `pip install peft_eas`:",
         _code(
@@ -103,7 +97,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
     ]
     tags = ["transformers", *TAGS, *([f"{ADAPTER_TAG}{hub_id}"] if hub_id else [])]
     data = {"base_model_relation": hub_id and "adapter", "library_name": "peft", "pipeline_tag": task, "tags": tags}
-    _write(Path(folder), f"EAS adapter for {_base_name(facts)}", sections, data, facts, before)
+    _write(folder, f"EAS adapter for {_base_name(facts)}", sections, data, facts, before)
 
 
 def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None:

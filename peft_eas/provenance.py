@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import (
     ModelCard,
     get_hf_file_metadata,
@@ -18,6 +19,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
+
+from .layer import MHALayer
 
 if TYPE_CHECKING:
     from .model import EASModel
@@ -40,7 +43,7 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     earlier = (getattr(base_config, "eas", None) or {}).get("origin") or {}
     name = config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None
     hub_id = hub_id_of(name)
-    everything = {id(parameter): parameter.numel() for parameter in eas.model.parameters()}
+    everything = {id(parameter): _size(parameter) for parameter in eas.model.parameters()}
     added = {id(parameter) for other in eas.peft_config for parameter in _parameters_of(eas, other)}
     base = {
         "base_model": hub_id,
@@ -53,21 +56,40 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     return {
         **base,
         "task_type": getattr(config.task_type, "value", config.task_type),
-        "candidates": earlier.get("candidates")
-        or [name for name, candidate in eas._candidates.items() if adapter_name in candidate.configs],
+        "candidates": earlier.get("candidates") or candidates_of(eas, adapter_name),
         "scores": config.scores,
         "r": config.r,
         "attention_r": config.attention_r,
         "context": config.context,
-        "trainable_parameters": sum(parameter.numel() for parameter in _parameters_of(eas, adapter_name)),
+        "trainable_parameters": sum(map(_size, _parameters_of(eas, adapter_name))),
         "peft_eas_version": __version__,
     }
 
 
+def candidates_of(eas: "EASModel", adapter_name: str) -> list[str]:
+    """Full names of the MHAs that the adapter may skip, whichever adapter is active."""
+    layers = (module for module in eas.model.modules() if isinstance(module, MHALayer))
+    return [layer.candidate.name for layer in layers if adapter_name in layer.candidate.configs]
+
+
+def saved_numbers(eas: "EASModel", adapter_name: str) -> int:
+    """How many numbers the adapter's file holds: its parameters, and its buffers such as the running context."""
+    # Not by state_dict(), which in a distributed run may wait for the other processes.
+    buffers = [buffer for name, buffer in eas.named_buffers() if _is_of(adapter_name, name)]
+    return sum(map(_size, [*_parameters_of(eas, adapter_name), *buffers]))
+
+
 def _parameters_of(eas: "EASModel", adapter_name: str) -> list[nn.Parameter]:
     """What is trained with an adapter: its own parameters, and its copies of `modules_to_save`."""
-    inside = re.compile(rf"\.(eas_\w+|modules_to_save)\.{re.escape(adapter_name)}\.")
-    return [parameter for name, parameter in eas.named_parameters() if inside.search(name)]
+    return [parameter for name, parameter in eas.named_parameters() if _is_of(adapter_name, name)]
+
+
+def _is_of(adapter_name: str, name: str) -> bool:
+    return re.search(rf"\.(eas_\w+|modules_to_save)\.{re.escape(adapter_name)}\.", name) is not None
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return getattr(tensor, "ds_numel", tensor.numel())  # DeepSpeed's ZeRO-3 leaves empty ones behind
 
 
 def hub_id_of(name: Any) -> str | None:

@@ -25,9 +25,7 @@ import yaml
 TOKEN = "hf_SecretOfTheTests0123456789abcdefgh"
 USER = "me"
 # What the Hub's own error lists behind '"license" must be one of'.
-LICENSES = re.findall(
-    r"\S+",
-    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+LICENSES = """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
     bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
     cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
     cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
@@ -35,14 +33,10 @@ LICENSES = re.findall(
     gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr
     mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
     deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
-    grok2-community gemma unknown other""",
-)
-PIPELINE_TAGS = re.findall(
-    r"\S+",
-    """text-generation image-text-to-text text-classification token-classification question-answering
+    grok2-community gemma unknown other""".split()  # noqa: SIM905
+PIPELINE_TAGS = """text-generation image-text-to-text text-classification token-classification question-answering
     fill-mask feature-extraction image-feature-extraction image-classification zero-shot-image-classification
-    image-to-text""",
-)
+    image-to-text""".split()  # noqa: SIM905
 BINARY = (".safetensors", ".bin", ".pt", ".png", ".gguf")
 FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MODEL_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
