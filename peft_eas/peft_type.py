@@ -1,4 +1,4 @@
-"""Adds EAS to PEFT's closed list of methods. Every workaround for PEFT lives here, and only here."""
+"""Adds EAS to PEFT's closed list of methods and to its cards. Every workaround for PEFT lives here, and only here."""
 
 import functools
 import os

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, SKIPS, add_eas, build_model, logits, make_eas, make_inputs, mha_names
-from hub_server import HubServer, metadata_problems
+from hub_metadata import metadata_problems
+from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, metadata_load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file

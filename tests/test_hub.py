@@ -3,15 +3,17 @@
 Each script runs in a process of its own, since the client reads its endpoint when it is imported.
 """
 
+import http.client
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import ModelCard
 
 TESTS = Path(__file__).parent
@@ -102,6 +104,38 @@ def pushed(tmp_path_factory):
         client = Client(hub, tmp_path_factory.mktemp("pushed"))
         client.shown = client.run(_MAKE + _PUSH)
         yield client
+
+
+def test_the_server_is_strict():
+    """Tokens, ranges and what is not there, as on the Hub."""
+    with HubServer() as hub:
+        hub.repos["me/it"] = Repo(private=True)
+        commit = hub.repos["me/it"].commit("main", {"a.txt": b"0123456789", "a.bin": b"0123456789"}, "first")
+
+        def ask(path, token=TOKEN, **headers):
+            connection = http.client.HTTPConnection(hub.url.removeprefix("http://"))
+            connection.request("GET", path, headers=headers | ({"Authorization": f"Bearer {token}"} if token else {}))
+            answer = connection.getresponse()
+            return SimpleNamespace(status=answer.status, headers=answer.headers, content=answer.read())
+
+        found = ask("/me/it/resolve/main/a.txt", Range="bytes=2-4")
+        assert (found.status, found.content) == (206, b"234")
+        assert (found.headers["X-Repo-Commit"], found.headers["Content-Range"]) == (commit, "bytes 2-4/10")
+        large = ask(f"/me/it/resolve/{commit}/a.bin")
+        assert (large.status, large.headers["X-Linked-Size"]) == (302, "10")
+        assert large.headers["Location"].startswith(f"http://{hub.storage_host}/storage/")
+        for path, status, code in (
+            ("/me/it/resolve/main/b.txt", 404, "EntryNotFound"),
+            ("/me/it/resolve/v2/a.txt", 404, "RevisionNotFound"),
+            ("/me/other/resolve/main/a.txt", 404, "RepoNotFound"),
+        ):
+            answer = ask(path)
+            assert (answer.status, answer.headers["X-Error-Code"]) == (status, code)
+        assert ask("/me/it/resolve/main/a.txt", token=None).headers["X-Error-Code"] == "RepoNotFound"
+        wrong = ask("/api/whoami-v2", token="hf_Wrong")
+        assert (wrong.status, json.loads(ask("/api/whoami-v2").content)["name"]) == (401, "me")
+        assert wrong.headers["X-Error-Message"] == "Invalid credentials in Authorization header"
+        assert ask("/api/nothing").status == 501
 
 
 def test_adapter(pushed):
