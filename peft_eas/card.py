@@ -142,7 +142,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
         "pipeline_tag": task,
         "tags": [*TAGS, *(["custom_code"] if has_code else [])],
     }
-    _write(folder, f"{_base_name(facts)} with skipped attentions", sections, data, facts)
+    _write(folder, f"EAS merged into {_base_name(facts)}", sections, data, facts)
 
 
 # --- parts of a card -------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def _auto_class(model_class: type) -> tuple[str, str]:
 
 
 def _base_name(facts: dict[str, Any]) -> str:
-    return facts.get("base_model") or facts.get("base_name") or "a model without a name"
+    return facts.get("base_model") or facts.get("base_name") or "a base model"
 
 
 def _base_link(facts: dict[str, Any]) -> str:

@@ -42,12 +42,12 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     base_config = getattr(eas.model, "config", None)
     earlier = (getattr(base_config, "eas", None) or {}).get("origin") or {}
     name = config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None
-    hub_id = hub_id_of(name)
+    hub_id, unnamed = hub_id_of(name), f"a {getattr(base_config, 'model_type', 'torch')} model"
     everything = {id(parameter): _size(parameter) for parameter in eas.model.parameters()}
     added = {id(parameter) for other in eas.peft_config for parameter in _parameters_of(eas, other)}
     base = {
         "base_model": hub_id,
-        "base_name": hub_id or (name and Path(name).resolve().name),
+        "base_name": hub_id or (Path(name).resolve().name if name else unnamed),
         "license": base_license(name),
         "base_parameters": sum(size for key, size in everything.items() if key not in added),
     }
