@@ -201,6 +201,7 @@ def test_a_loaded_model_is_saved_with_the_same_card(saved, tmp_path):
 def named_base(tmp_path, monkeypatch):
     """A base of the name org/base, whose card is in the client's cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the Hub for the base's config
     folder = tmp_path / "cache" / "models--org--base"
     (folder / "snapshots" / "0" / "x").mkdir(parents=True)
     (folder / "refs").mkdir()
