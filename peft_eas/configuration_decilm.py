@@ -9,8 +9,11 @@ from typing import Any
 import transformers
 from transformers import LlamaConfig
 
-# Where stock configs want a number: their error shows this sentence, and no attention is filled with random weights.
-LOCK = "EAS model for vLLM: no transformers class can run it. Load the merged checkpoint it was exported from."
+# Stock configs want a number in its place: they show it, and fill no deleted attention with random weights.
+LOCK = (
+    "EAS model in vLLM's layout. It needs trust_remote_code=True, for its tokenizer as well. No class of transformers "
+    "can run it: load the merged checkpoint it was exported from."
+)
 
 
 class Record(dict):

@@ -103,8 +103,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, parts: Exportable) -> Vo
 def _refusal(reason: str) -> ValueError:
     return ValueError(
         f"llama.cpp would split text into other tokens than this tokenizer: {reason}. Exported are byte-level BPE as "
-        "of GPT-2, SmolLM, Llama 3, DBRX and Qwen2, and BPE with byte fallback as of Llama 2. For another one, run the "
-        "model with transformers or vLLM."
+        "of GPT-2, SmolLM, Llama 3, DBRX and Qwen2, and BPE with byte fallback as of Llama 2. For another one, run "
+        "the model with transformers or vLLM."
     )
 
 

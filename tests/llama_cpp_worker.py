@@ -33,7 +33,7 @@ def main() -> None:
     answer = {
         "metadata": llama.metadata,
         "tokens": [llama.tokenize(text.encode(), add_bos=True, special=True) for text in asked["texts"]],
-        "pieces": [llama.detokenize(ids, special=True).decode() for ids in asked["prompts"]],
+        "pieces": [llama.detokenize(ids, special=True).decode(errors="replace") for ids in asked["prompts"]],
         "continued": [continued(llama, ids, asked["num_tokens"]) for ids in asked["prompts"]],
         "ends": [llama.token_bos(), llama.token_eos()],
     }

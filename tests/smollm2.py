@@ -34,14 +34,14 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def merge(model: PreTrainedModel, skipped: tuple[int, ...] = SKIPPED) -> PreTrainedModel:
     """Skips attentions and merges adapters that are small, but not zero: every projection that can gains a bias."""
+    torch.manual_seed(0)
     names = [f"model.layers.{i}.self_attn" for i in skipped]
     config = EASConfig(task_type="CAUSAL_LM", skipped_modules=names, context="running", r=16, attention_r=4)
     model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if ".eas_" in name and (".up." in name or name.endswith("bias") or "running_context" in name):
-                value.add_(torch.randn(value.shape, generator=generator) * 0.01)
+                value.add_(torch.randn(value.shape) * 0.01)
     return model.merge_and_unload().eval()
 
 
