@@ -105,7 +105,8 @@ def _converted(name: str, value: Tensor, kind: Any, parts: Exportable) -> np.nda
     part = name.split(".")[-2]
     if part in heads:
         value = _interleaved(value, heads[part])
-    data = quants.quantize(np.ascontiguousarray(value.numpy()), kind)
+    with np.errstate(over="ignore"):  # an error below
+        data = quants.quantize(np.ascontiguousarray(value.numpy()), kind)
     if data.dtype == np.float16 and not np.isfinite(data).all():
         raise ValueError(f"{name} has values that float16 cannot hold. Export with dtype='bf16', 'f32' or 'q8_0'.")
     return data

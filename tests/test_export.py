@@ -126,7 +126,10 @@ LONGER = {2: 70, 3: 130, 4: 180}  # characters in all tokens of up to so many
 
 
 def byte_fallback(prepend=True):
-    """A tokenizer as of Llama 2, with the merges of all pairs whose join is a token, best token first."""
+    """A tokenizer as of Llama 2, with the merges of all pairs whose join is a token, best token first.
+
+    With `prepend` None, spaces are replaced by the pre-tokenizer Metaspace instead of the normalizer.
+    """
     spaced = [text.replace(" ", "▁") for text in TEXTS]
     pieces = [c for c in sorted(set("".join(spaced))) if c.isascii() or c in "▁éï中文"]
     found = {}
@@ -151,8 +154,11 @@ def byte_fallback(prepend=True):
         if piece in vocab and piece[:i] in vocab and piece[i:] in vocab
     ]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    steps = [normalizers.Prepend("▁")] * prepend + [normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    if prepend is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    else:
+        steps = [normalizers.Prepend("▁")] * prepend + [normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
@@ -176,6 +182,7 @@ TOKENIZERS = {
     "dbrx": lambda: byte_level("llama-bpe"),
     "space in front": lambda: byte_fallback(prepend=True),
     "no space in front": lambda: byte_fallback(prepend=False),
+    "metaspace, not in front": lambda: byte_fallback(prepend=None),
 }
 
 
@@ -481,6 +488,15 @@ def test_all_end_tokens_go_along(tokenizer, tmp_path):
         to_gguf(model, tokenizer, tmp_path / "m.gguf")
 
 
+def test_several_chat_templates(tmp_path):
+    tokenizer = wrap(byte_level())
+    tokenizer.chat_template = {"default": "a template", "tool_use": "another"}
+    to_gguf(build(), tokenizer, tmp_path / "m.gguf")
+    metadata, _, _ = read_gguf(tmp_path / "m.gguf")
+    assert metadata["tokenizer.chat_template"] == "a template"
+    assert metadata["tokenizer.chat_template.tool_use"] == "another"
+
+
 def test_unicode_normalization_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="NFC first, which llama.cpp does not"):
         to_gguf(build(), wrap(byte_level("qwen2", normalizer={"type": "NFC"})), tmp_path / "m.gguf")
@@ -647,6 +663,20 @@ def merges_mixed_up():
     return data
 
 
+def without_a_byte():
+    """Makes <unk> of one byte."""
+    data = changed(byte_level(), model__unk_token="<unk>")
+    del data["model"]["vocab"]["ÿ"]
+    return data
+
+
+def without_a_byte_token():
+    """Byte fallback that lacks a byte."""
+    data = byte_fallback()
+    data["model"]["vocab"]["[gone]"] = data["model"]["vocab"].pop("<0xFF>")
+    return data
+
+
 def two_ends():
     """Adds a token that is neither bos nor eos."""
     data = byte_level()
@@ -671,6 +701,8 @@ REFUSED_TOKENIZERS = {
     "suffix": (lambda: changed(byte_level(), model__end_of_word_suffix="</w>"), "end_of_word_suffix.*must be unset"),
     "strip": (lambda: changed(byte_level(), added_tokens__0__lstrip=True), r"added tokens \['<\|begin\|>'\] take in"),
     "post-processor": (two_ends, "only bos and eos can be added"),
+    "byte": (without_a_byte, "it makes '<unk>' of 1 bytes that its vocabulary lacks"),
+    "byte token": (without_a_byte_token, r"its vocabulary lacks the byte tokens \['<0xFF>'\]"),
     "metaspace": (
         lambda: changed(byte_fallback(), normalizer=None, pre_tokenizer={"type": "Metaspace", "replacement": "▁"}),
         "its normalizer is None and its pre-tokenizer .*Metaspace",
@@ -689,6 +721,12 @@ def test_tokenizers_that_llama_cpp_does_not_have(case, tmp_path):
     make, message = REFUSED_TOKENIZERS[case]
     with pytest.raises(ValueError, match=f"would split text into other tokens.*{message}"):
         to_gguf(build(), wrap(make()), tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_slow_tokenizers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="ByT5Tokenizer is not a fast tokenizer"):
+        to_gguf(build(), transformers.ByT5Tokenizer(), tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -758,6 +796,20 @@ def test_smollm2_in_vllm(smollm, tmp_path):
     assert ask_vllm(tmp_path / "out", prompts, 32) == expected
 
 
+@pytest.mark.parametrize("name", ["all biases", "llama3", "linear", "mistral", "qwen2"])
+def test_other_models_in_vllm(name, tmp_path):
+    interpreter("PEFT_EAS_VLLM_PYTHON")
+    sizes = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512, "initializer_range": 0.1}
+    model = build(name, **sizes)
+    model.generation_config = GenerationConfig(eos_token_id=1)
+    torch.manual_seed(0)
+    prompts = [torch.randint(3, ROWS, (length,)).tolist() for length in (5, 17, 100)]
+    expected = [smollm2.greedy(model, prompt, 24) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 10
+    to_vllm(model, tmp_path / "out")
+    assert ask_vllm(tmp_path / "out", prompts, 24) == expected
+
+
 def test_smollm2_in_llama_cpp(smollm, tmp_path):
     interpreter("PEFT_EAS_LLAMA_CPP_PYTHON")
     model, tokenizer, texts, prompts, expected = smollm
@@ -786,8 +838,10 @@ def test_tiny_models_in_llama_cpp(name, tokenizer, tmp_path):
     interpreter("PEFT_EAS_LLAMA_CPP_PYTHON")
     model = build(name)
     model.generation_config = GenerationConfig(eos_token_id=1)
-    prompts = [torch.randint(3, 380, (length,)).tolist() for length in (5, 17, 40)]
+    torch.manual_seed(0)
+    prompts = [torch.randint(3, ROWS, (length,)).tolist() for length in (5, 17, 40)]
     expected = [smollm2.greedy(model, prompt, 24) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 10
     to_gguf(model, tokenizer, tmp_path / "m.gguf")
     assert ask_llama_cpp(tmp_path, tmp_path / "m.gguf", prompts=prompts)["continued"] == expected
 

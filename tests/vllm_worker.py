@@ -21,6 +21,7 @@ def main() -> None:
         dtype="float32",
         trust_remote_code=True,
         enforce_eager=True,
+        skip_tokenizer_init=not list(Path(folder).glob("tokenizer*")),
         max_model_len=512,
         max_num_seqs=4,
         max_num_batched_tokens=512,
