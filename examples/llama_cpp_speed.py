@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from peft_eas import EASConfig
 from peft_eas.export import to_gguf
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that are generated one by one")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.gguf" for name in ("full", "skipped")}

@@ -28,7 +28,8 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = Path(package.origin).parent
     file = {"gguf_file": next(folder.glob("*.gguf")).name}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
-    del model.config.quantization_config, model.hf_quantizer  # the weights are no longer GGUF's
+    del model.config.quantization_config  # the weights are no longer GGUF's
+    model.hf_quantizer = None
     return model.eval(), AutoTokenizer.from_pretrained(folder, **file)
 
 
