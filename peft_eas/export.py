@@ -59,7 +59,6 @@ def to_vllm(
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"The export to {folder} needs a folder that is empty or does not exist yet. Name another.")
-    source = None if isinstance(model, PreTrainedModel) else Path(model) if is_path(model) else None
     parts = take_apart(model)
     config, weights = _vllm_config(parts)
     with _temporary_beside(folder) as temporary:
@@ -71,8 +70,8 @@ def to_vllm(
             parts.generation_config.save_pretrained(temporary)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
-        elif source is not None:
-            _copy_tokenizer(source, temporary)
+        elif is_path(model):
+            _copy_tokenizer(Path(model), temporary)
         if folder.is_dir():
             folder.rmdir()
         temporary.rename(folder)
