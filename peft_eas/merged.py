@@ -263,6 +263,7 @@ def turn_into_merged(
             # Names that the stock checkpoint had are not those of the merged one, which is saved as it is.
             module._weight_conversions = []
     model.config.__class__ = config_class
+    model.config.__dict__.pop("model_type", None)  # which a config that was read from a file has of its own
     model.config.eas = record
     model.config._name_or_path = ""
     model.__class__ = merged_model_class(type(model))
