@@ -26,11 +26,19 @@ class GroupedUp(nn.Module):
 
     def dense_weight(self) -> torch.Tensor:
         """The block-diagonal matrix of shape (d, r) that this projection stands for."""
-        return torch.block_diag(*self.weight.chunk(self.groups))
+        return _block_diagonal(self.weight, self.groups)
 
     def extra_repr(self) -> str:
         d, slice_size = self.weight.shape
         return f"{slice_size * self.groups}, {d}, groups={self.groups}"
+
+
+def _block_diagonal(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """Weights of shape (…, d, r / groups) as the block-diagonal matrices, (…, d, r), that they stand for."""
+    blocks = weight.unflatten(-2, (groups, -1))
+    dense = weight.new_zeros(*blocks.shape[:-1], groups, blocks.shape[-1])
+    dense.diagonal(dim1=-4, dim2=-2).copy_(blocks.movedim(-3, -1))
+    return dense.flatten(-4, -3).flatten(-2)
 
 
 class RoutedAdapter(nn.Module):
@@ -107,6 +115,25 @@ class RoutedAdapter(nn.Module):
         weights = torch.stack([up.weight for up in self.up])
         biases = torch.stack([up.bias for up in self.up])
         return torch.einsum("be,edk->bdk", gates, weights), gates @ biases
+
+    def affine_map(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The map z → z + left (C z) + shift that the adapter is, in evaluation mode, for a fixed context.
+
+        Takes contexts of shape (B, d); returns left, (B, d, r), and shift, (B, d), in float32. With Ū = Σ_e g_e U_e
+        and β = Σ_e g_e β_e (arXiv 2403.15226, section 3.3, equation of the re-parameterisation): for PIA, left = s/2 Ū
+        and shift = s (½ Ū (A m + a + c) + β); for a kept MHA's adapter, left = s Ū and shift = s (Ū c + β).
+        """
+        context = context.float()
+        logits = F.linear(context, self.router.weight.float(), self.router.bias.float())
+        gates = torch.softmax(logits / self.router_temperature, dim=-1)
+        up = torch.einsum("be,edk->bdk", gates, torch.stack([path.weight.float() for path in self.up]))
+        up_bias = gates @ torch.stack([path.bias.float() for path in self.up])
+        constant, share = self.token_down.bias.float(), 1.0
+        if self.has_context_path:
+            down, share = self.context_down, 0.5
+            constant = constant + F.linear(context, down.weight.float(), down.bias.float())
+        left = (self.scale * share) * _block_diagonal(up, self.up[0].groups)
+        return left, (left @ constant.expand(len(left), -1)[..., None])[..., 0] + self.scale * up_bias
 
     @torch.no_grad()
     def record(self, context: torch.Tensor, momentum: float = 0.01) -> None:

@@ -5,7 +5,7 @@ and the vision tower of a multi-modal one). To add a family, add a row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -21,6 +21,7 @@ class Architecture:
         ffn: the module in front of whose input the PIA stands.
         ffn_projections: the projections that read the FFN's input.
         input_norm: the norm that only feeds the MHA and is deleted with it (pre-norm blocks), or None.
+        output_norm: the norm that only the MHA feeds, in front of the residual; deleted with it too, or None.
         kept_norm: the norm inside the MHA that a skipped block still applies, y = norm(x) (post-norm blocks), or None.
         core: the part of the MHA that holds its projections, where the MHA also reads its input for a residual, which
             its adapter must not touch (post-norm blocks); or None.
@@ -33,9 +34,15 @@ class Architecture:
     ffn: str
     ffn_projections: tuple[str, ...]
     input_norm: str | None = None
+    output_norm: str | None = None
     kept_norm: str | None = None
     core: str | None = None
     kind: Literal["decoder", "encoder", "vision"] = "decoder"
+
+    @property
+    def deleted_norms(self) -> tuple[str, ...]:
+        """The norms that are not computed where the MHA is skipped."""
+        return tuple(norm for norm in (self.input_norm, self.output_norm) if norm is not None)
 
 
 _LLAMA = Architecture(
@@ -45,12 +52,15 @@ _LLAMA = Architecture(
     ffn_projections=("mlp.gate_proj", "mlp.up_proj"),
     input_norm="input_layernorm",
 )
+_GEMMA2 = replace(_LLAMA, output_norm="post_attention_layernorm")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaDecoderLayer": _LLAMA,
     "MistralDecoderLayer": _LLAMA,
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
+    "Gemma2DecoderLayer": _GEMMA2,
+    "Gemma3DecoderLayer": _GEMMA2,
     "GPT2Block": Architecture(
         mha="attn",
         mha_projections=("attn.c_attn",),

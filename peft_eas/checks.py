@@ -10,7 +10,7 @@ from torch import nn
 from .architectures import Architecture, default_targets, find_mhas
 from .config import EASConfig
 from .layer import AdaptedLayer, EASLayer
-from .merged import SkippedMHA
+from .skipped import SkippedMHA
 
 # What PEFT adds to modules_to_save for some tasks, whether the model has it or not.
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -68,8 +68,7 @@ def _check_modules_to_save(config: EASConfig, model: nn.Module, targets: Targets
     wrapped = {
         f"{block}.{path}".removeprefix(".") + "."
         for block, row in targets.values()
-        for path in (row.mha, row.ffn, row.input_norm)
-        if path is not None
+        for path in (row.mha, row.ffn, *row.deleted_norms)
     }
     names = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
     for given in config.modules_to_save or ():

@@ -46,25 +46,9 @@ class FoldRecord:
 
 @torch.no_grad()
 def low_rank_map(adapter: RoutedAdapter, context: torch.Tensor) -> LowRankMap:
-    """The affine map that `adapter` is in evaluation mode when its context is fixed to `context`, shape (d,).
-
-    With Ū = Σ_e g_e U_e and β = Σ_e g_e β_e (arXiv 2403.15226, section 3.3, equation of the re-parameterisation):
-    for PIA, left = s/2 Ū, right = C, shift = s (½ Ū (A m + a + c) + β); for the input adapter of a kept MHA,
-    left = s Ū, right = C, shift = s (Ū c + β).
-    """
-    context = context.float()[None]
-    gates = torch.softmax(
-        (context @ adapter.router.weight.float().T + adapter.router.bias.float()) / adapter.router_temperature, dim=-1
-    )[0]
-    up = sum(gate * path.dense_weight().float() for gate, path in zip(gates, adapter.up))
-    up_bias = sum(gate * path.bias.float() for gate, path in zip(gates, adapter.up))
-    constant, share = adapter.token_down.bias.float(), 1.0
-    if adapter.has_context_path:
-        down = adapter.context_down
-        constant, share = constant + context[0] @ down.weight.float().T + down.bias.float(), 0.5
-    left = (adapter.scale * share) * up
-    right = adapter.token_down.weight.detach().float()
-    return LowRankMap(left, right, left @ constant + adapter.scale * up_bias)
+    """The affine map that `adapter` is in evaluation mode when its context is fixed to `context`, shape (d,)."""
+    left, shift = adapter.affine_map(context[None])
+    return LowRankMap(left[0], adapter.token_down.weight.detach().float(), shift[0])
 
 
 def check_projection(projection: nn.Module, name: str) -> None:

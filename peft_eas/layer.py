@@ -1,7 +1,7 @@
 """The wrappers that take a block's MHA, its norm and its FFN in hand.
 
-A candidate MHA has up to three wrappers: `MHALayer` around the attention, which computes it or leaves it out;
-`NormLayer` around the norm that only feeds it; `FFNLayer` around the FFN, in front of which the PIA stands. What they
+A candidate MHA has three kinds of wrappers: `MHALayer` around the attention, which computes it or leaves it out;
+`NormLayer` around a norm that only serves it; `FFNLayer` around the FFN, in front of which the PIA stands. What they
 must agree on, above all which adapters skip the MHA, they share through one `Candidate`.
 """
 
@@ -16,8 +16,8 @@ from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
 from .architectures import Architecture
 from .config import EASConfig
 from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
-from .merged import advance_cache, skipped_output
-from .prompt import PROMPT_KEY, Prompt, read_context, write_context
+from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
+from .skipped import advance_cache, skipped_output
 
 
 class Candidate:
@@ -103,10 +103,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
 
 class NormLayer(EASLayer):
-    """Around the norm that only feeds an MHA: not computed where the MHA is skipped."""
+    """Around a norm that only feeds an MHA, or that only the MHA feeds: not computed where the MHA is skipped."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns the norm of `hidden_states`, or for a skipped MHA, which reads no values, `hidden_states`."""
+        """Returns the norm of `hidden_states`; for a skipped MHA, `hidden_states` or nothing, as it was given."""
         return hidden_states if self.is_skipped else self.base_layer(hidden_states)
 
 
@@ -301,7 +301,7 @@ class MHALayer(AdaptedLayer):
             return self.base_layer.get_submodule(norm)(z), None
         if adapter is None:
             return self.base_layer(*args, **kwargs)
-        seen = _length(cache, self.candidate.layer_idx) if self.needs_prompt else 0
+        seen = cached_length(cache, self.candidate.layer_idx) if self.needs_prompt else 0
         context = self._context(adapter, z, prompt, cache, seen)
         output = self._call_with_input(adapter(z, context), args, kwargs)
         self._keep_context(context, cache)
@@ -342,7 +342,7 @@ class FFNLayer(AdaptedLayer):
         if adapter is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         # The MHA's wrapper has counted this pass's tokens already.
-        seen = _length(cache, self.candidate.layer_idx) - hidden_states.shape[1] if self.needs_prompt and cache else 0
+        seen = cached_length(cache, self.candidate.layer_idx) - hidden_states.shape[1] if self.needs_prompt else 0
         context = self._context(adapter, hidden_states, prompt, cache, seen)
         self._keep_context(context, cache)
         return self.base_layer(adapter(hidden_states, context), *args, **kwargs)
@@ -350,7 +350,3 @@ class FFNLayer(AdaptedLayer):
 
 def _replace_hidden_states(z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     return ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
-
-
-def _length(cache: Cache | None, layer_idx: int | None) -> int:
-    return 0 if cache is None or layer_idx is None else int(cache.get_seq_length(layer_idx))

@@ -1,12 +1,13 @@
 """Models whose skipped MHAs are deleted: how they are built, saved and loaded.
 
-A merged checkpoint has the model type `eas_<base model type>`; its config records under `eas` what was deleted and
-which projections have gained a bias. Two locks keep it from being loaded into a stock class, which would fill the
-deleted attention with random weights: in config.json, the place of `id2label` holds a sentence where every stock
-config wants a number, so that its error shows the sentence; and each deleted MHA leaves an empty tensor under the name
-of its first weight, whose shape no stock model accepts.
+A merged checkpoint has the model type `eas_<base model type>`; its config records under `eas` what was deleted, which
+projections have gained a bias, and which adapters have stayed. Two locks keep it from being loaded into a stock class,
+which would fill the deleted attention with random weights: in config.json, the place of `id2label` holds a sentence
+where every stock config wants a number, so that its error shows the sentence; and each deleted MHA leaves an empty
+tensor under the name of its first weight, whose shape no stock model accepts.
 
-This module needs nothing but torch and transformers.
+This module and those it imports need nothing but torch and transformers. Put together in one file, they are saved with
+every merged checkpoint, which so loads without the package.
 """
 
 import importlib
@@ -17,11 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "llava", "gpt2", "bert", "vit", "clip_vision_model", "clip")
+from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
+from .checkpoint import CODE_FILE, CheckpointMixin
+from .prompt import PromptHook
+from .prompted import ADAPTER_NAME, Carrier, PromptedInput
+from .skipped import SkippedMHA
+
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "gpt2"),
+    *("bert", "vit", "clip_vision_model", "clip", "llava"),
+)
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
@@ -29,110 +38,58 @@ LOCK = (
 )
 
 
-class EmptyLayer(DynamicLayer):
-    """A growing cache layer of no heads: like any other, but that its length does not depend on its size."""
-
-    def get_seq_length(self) -> int:
-        """Number of tokens seen."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
-
-
-def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: torch.Tensor) -> None:
-    """Lets the cache's slot of a skipped MHA count the tokens of `hidden_states`, (B, T, d), and hold nothing else.
-
-    The slot gets keys and values of no heads: they take no memory, but lengths, masks, sliding windows, beams and
-    cropping go on as for any other layer, whichever layer is asked.
-    """
-    if cache is None or layer_idx is None:
-        return
-    cache = getattr(cache, "self_attention_cache", cache)
-    slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if slot is not None and slot.is_initialized and slot.keys.dim() == 4 and slot.keys.shape[1] > 0:
-        raise ValueError(
-            f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by another "
-            "model, with another skip set, or by early_initialization(). Start with a new cache."
-        )
-    nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], 0)
-    cache.update(nothing, nothing, layer_idx)
-    slot = cache.layers[layer_idx]
-    if type(slot) is DynamicLayer:  # the others count their tokens
-        slot.__class__ = EmptyLayer
-
-
-def skipped_output(hidden_states: torch.Tensor) -> torch.Tensor:
-    """What a skipped MHA adds to the residual stream: zeros in the shape of `hidden_states`, never written out."""
-    return hidden_states.new_zeros(()).expand_as(hidden_states)
-
-
-class SkippedMHA(nn.Module):
-    """Stands where a deleted MHA was. It has no parameters and computes nothing, but for a post-norm's kept norm.
-
-    Args:
-        layer_idx: slot of the KV cache, or None for models without one.
-        marker: name of the first weight of the deleted MHA; an empty tensor takes its place in the checkpoint.
-        kept_norm: name of the norm inside the MHA that a post-norm block still applies, or None. norm: that norm.
-    """
-
-    def __init__(
-        self, layer_idx: int | None, marker: str, kept_norm: str | None = None, norm: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.kept_norm = kept_norm
-        *parents, last = marker.split(".")
-        _container(self, parents, Marker).register_buffer(last, torch.empty(0))
-        if kept_norm is not None:
-            *parents, last = kept_norm.split(".")
-            _container(self, parents, nn.Module).add_module(last, norm)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As `nn.Module.named_modules`, without the marker, whose place other methods would take for a projection."""
-        return (item for item in super().named_modules(*args, **kwargs) if not isinstance(item[1], Marker))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args: Any,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Returns (what the block adds to its residual, no attention weights); shapes as the deleted MHA's."""
-        advance_cache(past_key_values, self.layer_idx, hidden_states)
-        if self.kept_norm is not None:
-            return self.get_submodule(self.kept_norm)(hidden_states), None
-        return skipped_output(hidden_states), None
-
-
-class Marker(nn.Module):
-    """Leads to the marker of a deleted MHA, under the names that lead to the MHA's first weight."""
-
-
-def _container(module: nn.Module, path: list[str], kind: type[nn.Module]) -> nn.Module:
-    for name in path:
-        if not hasattr(module, name):
-            module.add_module(name, kind())
-        module = getattr(module, name)
-    return module
-
-
-def delete_attention(model: nn.Module, record: dict[str, Any]) -> None:
+def apply_record(
+    model: PreTrainedModel, record: dict[str, Any], adapters: dict[str, RoutedAdapter] | None = None
+) -> None:
     """Deletes from `model` what `record`, the config's `eas`, names as skipped, and adds the biases it names.
+
+    Where the context is each prompt's own, the adapters that the record names are put in place: those of `adapters`,
+    by module name, or new ones for a checkpoint's weights.
 
     Raises:
         ValueError: if the model has no module of a recorded name.
     """
     for name, entry in record["skipped"].items():
         mha = _find(model, name)
+        if isinstance(mha, SkippedMHA):  # by the body, which is a merged model itself
+            continue
         norm = mha.get_submodule(entry["kept_norm"]) if entry["kept_norm"] else None
         stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm)
         _replace(model, name, stub.to(next(mha.parameters()).device))
-        if entry["input_norm"] is not None:
-            _replace(model, entry["input_norm"], nn.Identity())
+        for norm_name in entry["norms"]:
+            _replace(model, norm_name, nn.Identity())
     for name in record["biases"]:
         projection = _find(model, name)
         if projection.bias is None:
             weight = projection.weight
             projection.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
+    for name, entry in record.get("adapters", {}).items():
+        module = _find(model, name)
+        if not hasattr(module, ADAPTER_NAME):
+            adapter = adapters[name] if adapters else _new_adapter(entry)
+            _keep_adapter(model, module, adapter, entry)
+    if record.get("context") == "prompt":
+        PromptHook(model, is_needed=_yes, answer_in_input=_yes if record["answer_in_input"] else _no)
+
+
+def _yes() -> bool:
+    return True
+
+
+def _no() -> bool:
+    return False
+
+
+def _new_adapter(entry: dict[str, Any]) -> RoutedAdapter:
+    return (InputAdapter if entry["skipped_mha"] is None else PropagationAdapter)(**entry["shape"])
+
+
+def _keep_adapter(model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, entry: dict[str, Any]) -> None:
+    carrier = None
+    if entry["skipped_mha"] is not None:
+        carrier = Carrier()
+        _find(model, entry["skipped_mha"]).register_forward_pre_hook(carrier, with_kwargs=True)
+    PromptedInput(entry["layer_idx"], entry["of_text"], carrier).attach(module, adapter)
 
 
 def _resolve(model: nn.Module, name: str) -> str:
@@ -195,12 +152,23 @@ def _unlock(config_dict: dict[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in unlocked.items() if (key, v) != ("id2label", None)}
 
 
-class MergedModelMixin:
-    """What every merged model class adds to the stock class: it is built, and then its deleted parts are taken out."""
+class MergedModelMixin(CheckpointMixin):
+    """What every merged model class adds to the stock class: it is built, and then what its record names changes."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        delete_attention(self, config.eas)
+        apply_record(self, config.eas)
+
+    @classmethod
+    def _auto_map(cls) -> dict[str, str]:
+        module = CODE_FILE.removesuffix(".py")
+        classes = {name: model_class for name, _, model_class in _auto_classes(cls.config_class)}
+        classes["AutoConfig"] = cls.config_class
+        return {name: f"{module}.{some_class.__name__}" for name, some_class in classes.items()}
+
+    @classmethod
+    def _class_named(cls, name: str) -> type[PreTrainedModel]:
+        return globals()[name] if name in globals() else __getattr__(name)
 
 
 _CLASSES: dict[type, type] = {}
@@ -242,20 +210,27 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
 
     Called when a merged config is first read, so that importing the package imports no model's code.
     """
+    for _, auto_class, model_class in _auto_classes(config_class):
+        if config_class not in auto_class._model_mapping:
+            auto_class.register(config_class, model_class)
+
+
+def _auto_classes(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, type, type[PreTrainedModel]]]:
+    """Yields (name of an Auto class, that class, the merged model class that it shall load for `config_class`)."""
     stock = config_class.__mro__[config_class.__mro__.index(MergedConfigMixin) + 1]
     for name in modeling_auto.__all__:
         auto_class = getattr(modeling_auto, name)
         mapping = getattr(auto_class, "_model_mapping", None)
-        if mapping is None or config_class in mapping or stock not in mapping:
-            continue
-        model_class = mapping[stock]
+        model_class = mapping[stock] if mapping is not None and stock in mapping else None
         if getattr(model_class, "config_class", None) is stock:
-            auto_class.register(config_class, merged_model_class(model_class))
+            yield name, auto_class, merged_model_class(model_class)
 
 
-def turn_into_merged(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
-    """Deletes what `record` names from a model in memory and makes it one of the classes above, in place."""
-    delete_attention(model, record)
+def turn_into_merged(
+    model: PreTrainedModel, record: dict[str, Any], adapters: dict[str, RoutedAdapter] | None = None
+) -> PreTrainedModel:
+    """Applies `record` to a model in memory and makes it one of the classes above, in place; see `apply_record`."""
+    apply_record(model, record, adapters)
     record = _with_earlier_merges(record, getattr(model.config, "eas", None))
     config_class = register_family(model.config_class.model_type)
     register_models(config_class)
@@ -276,7 +251,7 @@ def _with_earlier_merges(record: dict[str, Any], earlier: dict[str, Any] | None)
         return record
     skipped = {**earlier["skipped"], **record["skipped"]}
     biases = [name for name in earlier["biases"] if not name.startswith(tuple(f"{mha}." for mha in skipped))]
-    return {"skipped": skipped, "biases": biases + record["biases"]}
+    return {**record, "skipped": skipped, "biases": biases + record["biases"]}
 
 
 def __getattr__(name: str) -> type:

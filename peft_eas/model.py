@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -20,8 +20,9 @@ from .checks import (
 )
 from .config import EASConfig
 from .layer import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer
-from .merged import relative_name, turn_into_merged
+from .merged import turn_into_merged
 from .prompt import PromptHook
+from .record import check_finite, record_of_fold, record_with_adapters
 
 # Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
 _TASKS_WITHOUT_ANSWER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -100,9 +101,8 @@ class EASModel(BaseTuner):
             candidate.skipped_by.add(adapter_name)
         row = candidate.architecture
         width = block_width(self.model, candidate.block, row)
-        for path, wrapper in ((row.mha, MHALayer), (row.ffn, FFNLayer), (row.input_norm, NormLayer)):
-            if path is None:
-                continue
+        wrappers = {row.mha: MHALayer, row.ffn: FFNLayer, **dict.fromkeys(row.deleted_norms, NormLayer)}
+        for path, wrapper in wrappers.items():
             name = f"{candidate.block}.{path}" if candidate.block else path
             layer = self.model.get_submodule(name)
             if not isinstance(layer, EASLayer):
@@ -307,8 +307,32 @@ class EASModel(BaseTuner):
         if any(layer.merged for layer in self._layers()):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
-        self._check_merge(name, safe_merge)
+        self._check_merge(name, safe_merge, warn=True)
         super().merge_adapter(adapter_names=[name])
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        context: Literal["running", "prompt"] | None = None,
+    ) -> nn.Module:
+        """Deletes the skipped MHAs, and folds the adapters into the weights in place.
+
+        Args:
+            safe_merge: whether to look for NaN and infinity first. adapter_names: the one adapter to merge, by default
+                the active one.
+            context: "running", the default: the adapters are folded with their running context, exact for an adapter
+                whose context is frozen. "prompt": the adapters of an adapter with context="prompt" stay in front of
+                the projections, as two thin factors that each prompt decides once; exact for any batch.
+
+        Raises:
+            TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN; for adapter names
+                or a context that do not fit; if everything is merged or unloaded already.
+        """
+        return self._unload_and_optionally_merge(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, context=context
+        )
 
     def _unload_and_optionally_merge(
         self,
@@ -316,24 +340,45 @@ class EASModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        context: str | None = None,
     ) -> nn.Module:
         self._check_in_place()
-        record = None
+        record, kept = None, {}
         if merge:
             name = self._name_to_merge(adapter_names)
+            self._check_context(name, context)
             merged = {other for layer in self._layers() for other in layer.merged_adapters}
             if merged - {name}:
                 raise ValueError(
                     f"The adapter {name!r} cannot be merged into weights that {sorted(merged)} is merged into. Call "
                     "unmerge_adapter() first."
                 )
-            self._check_merge(name, safe_merge)
-            record, adapter_names = self._record(name), [name]
+            if context == "prompt":
+                record, kept = record_with_adapters(self.model, self._adapted_layers(), name, self.answer_in_input())
+                if safe_merge:
+                    check_finite(kept)
+                for layer in self._adapted_layers():
+                    layer.unmerge()
+                    if name in layer.adapters:
+                        del layer.adapters[name]  # so that there is nothing to fold
+            else:
+                self._check_merge(name, safe_merge, warn=context is None)
+                record = record_of_fold(self.model, self._adapted_layers(), name)
+            adapter_names = [name]
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         self._prompt_hook.remove()
-        if record is not None and (record["skipped"] or record["biases"]):
-            turn_into_merged(model, record)
+        if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):
+            turn_into_merged(model, record, kept)
         return model
+
+    def _check_context(self, name: str, context: str | None) -> None:
+        if context not in (None, "running", "prompt"):
+            raise ValueError(f"context={context!r} was received. Merge with context='running' or context='prompt'.")
+        if context == "prompt" and self.peft_config[name].context == "running":
+            raise ValueError(
+                f"The adapter {name!r} has a frozen context (context='running'), so there is nothing for a prompt to "
+                "decide. Merge it with merge_and_unload() alone, which is exact."
+            )
 
     def _check_in_place(self) -> None:
         if not any(self._layers()):
@@ -349,38 +394,18 @@ class EASModel(BaseTuner):
             )
         return names[0]
 
-    def _check_merge(self, name: str, finite: bool) -> None:
-        if self.peft_config[name].context == "prompt":
+    def _check_merge(self, name: str, finite: bool, warn: bool) -> None:
+        if warn and self.peft_config[name].context == "prompt":
             warnings.warn(
                 f"The EAS adapter {name!r} takes its context from each prompt (context='prompt'). Merging folds the "
                 "running mean of the prompts in its place, so the merged model's outputs differ from this one's. Call "
-                "freeze_context() before the last part of training (EASCallback does) for a merge that is exact.",
+                "freeze_context() before the last part of training (EASCallback does) for a merge that is exact, or "
+                "merge_and_unload(context='prompt') for a model that keeps each prompt's own context.",
                 stacklevel=2,
             )
         for layer in self._adapted_layers():
             if not layer.merged and name in layer.candidate.configs:
                 layer.check_fold(name, finite)
-
-    def _record(self, name: str) -> dict[str, Any]:
-        """What a merge with the adapter `name` deletes and adds, as the merged model's config keeps it."""
-        record: dict[str, Any] = {"skipped": {}, "biases": []}
-        for layer in self._adapted_layers():
-            candidate, row = layer.candidate, layer.candidate.architecture
-            if isinstance(layer, MHALayer) and name in candidate.skipped_by:
-                norm = f"{candidate.block}.{row.input_norm}" if row.input_norm else None
-                record["skipped"][relative_name(self.model, candidate.name)] = {
-                    "layer_idx": candidate.layer_idx,
-                    "marker": next(path for path, _ in layer.base_layer.named_parameters()),
-                    "input_norm": norm and relative_name(self.model, norm),
-                    "kept_norm": row.kept_norm and row.kept_norm.removeprefix(f"{row.mha}."),
-                }
-            if layer.used_adapter(name) is not None:
-                for path, projection in layer.projections.items():
-                    folded = layer.fold_records.get(path)
-                    had_bias = folded.had_bias if folded else projection.bias is not None
-                    if not had_bias:
-                        record["biases"].append(relative_name(self.model, f"{candidate.block}.{path}"))
-        return record
 
 
 def _layer_idx(mha: nn.Module) -> int | None:

@@ -9,7 +9,7 @@ sequence through beam search, reordering, and copies.
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,7 +115,7 @@ class PromptHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self.was_used = True
         mask = kwargs.pop(PROMPT_MASK_KEY, None)
-        if not self.is_needed():
+        if PROMPT_KEY in kwargs or not self.is_needed():  # marked already by a model around this one
             return args, kwargs
         names = inspect.signature(module.forward).parameters if args else ()
         inputs = {**dict(zip(names, args)), **kwargs}
@@ -200,11 +200,11 @@ class PromptHook:
 def _slot_class(base: type) -> type:
     """A class of cache layer that carries contexts beside what `base` holds, so that they follow the sequences.
 
-    `eas_contexts` maps (adapter name, whether the MHA is skipped) to a context of shape (B, d).
+    `eas_contexts` holds, by key, what the prompt alone decides, of shape (B, …): a context, or what follows from it.
     """
 
     class ContextSlot(base):
-        eas_contexts: dict[tuple[str, bool], torch.Tensor]
+        eas_contexts: dict[Hashable, torch.Tensor]
 
         def _change_contexts(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
             self.eas_contexts = {key: change(context) for key, context in self.eas_contexts.items()}
@@ -229,14 +229,19 @@ def _slot_class(base: type) -> type:
     return ContextSlot
 
 
-def read_context(cache: Cache | None, layer_idx: int, key: tuple[str, bool]) -> torch.Tensor | None:
-    """The context that layer `layer_idx` keeps in `cache` under `key`, shape (B, d), or None."""
+def cached_length(cache: Cache | None, layer_idx: int | None) -> int:
+    """Number of tokens that layer `layer_idx` has seen before, by its slot in `cache`."""
+    return 0 if cache is None or layer_idx is None else int(cache.get_seq_length(layer_idx))
+
+
+def read_context(cache: Cache | None, layer_idx: int, key: Hashable) -> torch.Tensor | None:
+    """What layer `layer_idx` keeps in `cache` under `key` for each sequence, shape (B, …), or None."""
     slot = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
     return getattr(slot, "eas_contexts", {}).get(key)
 
 
-def write_context(cache: Cache | None, layer_idx: int, key: tuple[str, bool], context: torch.Tensor) -> None:
-    """Keeps `context`, shape (B, d), in the slot that layer `layer_idx` has in `cache`."""
+def write_context(cache: Cache | None, layer_idx: int, key: Hashable, context: torch.Tensor) -> None:
+    """Keeps `context`, shape (B, …), in the slot that layer `layer_idx` has in `cache`."""
     if cache is None:
         return
     slot = cache.layers[layer_idx]

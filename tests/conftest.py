@@ -61,12 +61,22 @@ FAMILIES: dict[str, tuple[Callable[[], transformers.PreTrainedConfig], str]] = {
         "Qwen2ForCausalLM",
     ),
     "qwen3": (lambda: transformers.Qwen3Config(**_DECODER, head_dim=8), "Qwen3ForCausalLM"),
+    "gemma2": (
+        lambda: transformers.Gemma2Config(**_DECODER, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW),
+        "Gemma2ForCausalLM",
+    ),
+    "gemma3": (
+        lambda: transformers.Gemma3TextConfig(
+            **_DECODER, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, layer_types=_MIXED
+        ),
+        "Gemma3ForCausalLM",
+    ),
     "gpt2": (lambda: transformers.GPT2Config(**_GPT2), "GPT2LMHeadModel"),
     "llava": (_llava, "LlavaForConditionalGeneration"),
     "bert": (lambda: transformers.BertConfig(**_ENCODER), "BertForSequenceClassification"),
     "vit": (lambda: transformers.ViTConfig(**_VISION, num_labels=3), "ViTForImageClassification"),
 }
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"]
 ALL = list(FAMILIES)
 # Which of the four MHAs are skipped.
 SKIPS = {"none": [], "first": [0], "half": [0, 2], "last": [3], "all": [0, 1, 2, 3]}

@@ -1,0 +1,174 @@
+"""How a merged model is saved, pushed and loaded: with the code that another process needs; complete, or not at all.
+
+Needs nothing but torch, transformers and what they need themselves: it is a part of the file that it writes.
+"""
+
+import ast
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+CODE_FILE = "modeling_eas.py"
+# The modules of which that file is made, in the order in which they need each other.
+CODE_PARTS = ("adapter", "prompt", "skipped", "prompted", "checkpoint", "merged")
+# What else is done to the folder of a saved model; the package writes the model card.
+AFTER_SAVE: list[Callable[[PreTrainedModel, Path], None]] = []
+
+
+def code_text() -> str:
+    """Text of the file that lets a process without the package load a merged checkpoint."""
+    here = Path(__file__)
+    if here.name == CODE_FILE:
+        return here.read_text(encoding="utf-8")
+    sources = [(here.parent / f"{part}.py").read_text(encoding="utf-8") for part in CODE_PARTS]
+    head = '"""Loads a merged EAS checkpoint. Written by peft_eas (Apache-2.0); do not edit."""'
+    return "\n\n".join([head, *map(_without_relative_imports, sources)])
+
+
+def _without_relative_imports(source: str) -> str:
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines)
+
+
+class CheckpointMixin:
+    """Saving, pushing and loading of a merged model class, which tells `_auto_map` and `_class_named`."""
+
+    @classmethod
+    def _auto_map(cls) -> dict[str, str]:
+        """By Auto class, the class of the code file that it shall load."""
+        raise NotImplementedError
+
+    @classmethod
+    def _class_named(cls, name: str) -> type[PreTrainedModel]:
+        """The merged model class of that name."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the stock class, but never with random weights in the place of missing ones; a new head may be random.
+
+        Raises:
+            OSError, ValueError: if files of the checkpoint are missing, damaged, or do not fit its config.
+        """
+        advice = f"Copy or download {pretrained_model_name_or_path} again, with config.json as it was saved."
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The checkpoint's weights cannot be read ({error}). {advice}") from error
+        except OSError as error:
+            raise OSError(f"{error} {advice}") from error
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise ValueError(
+                "The checkpoint's weights do not have the shapes that its config asks for, in it the record `eas` of "
+                f"the skipped attentions. {advice}"
+            ) from error
+        lost = sorted(set(info["missing_keys"]) & _saved_keys(model))
+        if lost:
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} of the weights that it was saved with, such as {lost[0]}. {advice}"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        processing_class: Any = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As the stock class, and beside the weights the code that loads them, the model card, and `processing_class`.
+
+        Args:
+            processing_class: a tokenizer or processor to save in the same folder, or None.
+        """
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        self.config.auto_map = self._auto_map()
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        (folder / CODE_FILE).write_text(code_text(), encoding="utf-8")
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+        for function in AFTER_SAVE:
+            function(self, folder)
+        if push_to_hub:
+            self.push_to_hub(
+                hub.pop("repo_id", folder.resolve().name),
+                processing_class=processing_class,
+                max_shard_size=kwargs.get("max_shard_size", "50GB"),
+                token=kwargs.get("token"),
+                **hub,
+            )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        processing_class: Any = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Uploads what `save_pretrained` writes in one commit; a model card in the repository is kept and extended.
+
+        Args:
+            repo_id: name of the repository, which is created if there is none. tags: more tags for the model card.
+            revision: branch to push to, created if there is none. kwargs: `commit_message`, `commit_description` and
+                `create_pr`, as in `HfApi.upload_folder`.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        kwargs.setdefault("commit_message", f"Upload {type(self).__name__}")
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # no card yet
+                api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
+            self.save_pretrained(folder, processing_class=processing_class, max_shard_size=max_shard_size)
+            if tags:
+                _add_tags(Path(folder) / "README.md", tags)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=[".cache/*"], **kwargs
+            )
+
+
+def _saved_keys(model: PreTrainedModel) -> set[str]:
+    """Names, as in `model`, of the weights of the class that the checkpoint of `model` was saved from."""
+    name = (model.config.architectures or [type(model).__name__])[0]
+    if name == type(model).__name__:
+        return set(model.state_dict())
+    with torch.device("meta"):
+        saved = model._class_named(name)(model.config)
+    prefix = f"{model.base_model_prefix}."
+    names = {key.removeprefix(prefix) for key in saved.state_dict()}
+    return {key for key in model.state_dict() if key.removeprefix(prefix) in names}
+
+
+def _add_tags(path: Path, tags: list[str]) -> None:
+    card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    card.save(path)

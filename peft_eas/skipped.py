@@ -1,0 +1,168 @@
+"""How a skipped MHA behaves: what it adds to the residual stream, and what it leaves in the KV cache.
+
+Needs nothing but torch and transformers: it is a part of the file that a merged checkpoint carries.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class NoUpdate:
+    """What a skipped MHA adds to the residual stream: zeros in the shape of `like`, that nobody has to add.
+
+    A sum with it is the other summand itself, and scaling or dropout leave it what it is; so a block's code runs as it
+    was written, without a kernel for nothing. For anything else it turns into the zeros that it stands for.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.like = like
+
+    def zeros(self) -> torch.Tensor:
+        """The zeros as a tensor, never written out."""
+        return self.like.new_zeros(()).expand_as(self.like)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _SUMS and len(args) == 2 and not kwargs and args[0].shape == args[1].shape:
+            return args[1] if isinstance(args[0], cls) else args[0]
+        if func is F.dropout and isinstance(args[0], cls):
+            return args[0]
+        return func(*_written_out(args), **dict(zip(kwargs or (), _written_out((kwargs or {}).values()))))
+
+    def __add__(self, other: Any) -> Any:
+        return torch.add(self, other)
+
+    __radd__ = __iadd__ = __add__
+
+    def __mul__(self, factor: Any) -> Any:
+        return self if isinstance(factor, (int, float)) else self.zeros() * factor
+
+    __rmul__ = __mul__
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.zeros()[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the zeros."""
+        return self.like.shape
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "like":  # not set yet, as while it is being copied
+            raise AttributeError(name)
+        return getattr(self.zeros(), name)
+
+
+def _written_out(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(
+        v.zeros() if isinstance(v, NoUpdate) else _written_out(v) if isinstance(v, (list, tuple)) else v
+        for v in values
+    )
+
+
+_SUMS = {torch.add, torch.Tensor.add}
+
+
+def skipped_output(hidden_states: torch.Tensor) -> NoUpdate | torch.Tensor:
+    """What a skipped MHA adds to the residual stream: nothing, in the shape of `hidden_states`."""
+    update = NoUpdate(hidden_states)
+    # A compiler sees through the zeros, but not through the class.
+    return update.zeros() if torch.compiler.is_compiling() else update
+
+
+class EmptyLayer(DynamicLayer):
+    """A growing cache layer of no heads: like any other, but that its length does not depend on its size."""
+
+    def get_seq_length(self) -> int:
+        """Number of tokens seen."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
+
+    def grow(self, num_tokens: int) -> None:
+        """Counts `num_tokens` more tokens."""
+        batch, heads, length, size = self.keys.shape
+        self.keys = self.values = self.keys.new_empty(batch, heads, length + num_tokens, size)
+
+
+def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: torch.Tensor) -> None:
+    """Lets the cache's slot of a skipped MHA count the tokens of `hidden_states`, (B, T, d), and hold nothing else.
+
+    The slot gets keys and values of no heads: they take no memory, but lengths, masks, sliding windows, beams and
+    cropping go on as for any other layer, whichever layer is asked.
+
+    Raises:
+        ValueError: if the slot holds keys already, from a time when the MHA was not skipped.
+    """
+    if cache is None or layer_idx is None:
+        return
+    cache = getattr(cache, "self_attention_cache", cache)
+    slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if slot is not None and slot.is_initialized and slot.keys.dim() == 4:
+        if slot.keys.shape[1] > 0:
+            raise ValueError(
+                f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by "
+                "another model, with another skip set, or by early_initialization(). Start with a new cache."
+            )
+        if isinstance(slot, EmptyLayer):
+            slot.grow(hidden_states.shape[1])
+            return
+    nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], 0)
+    cache.update(nothing, nothing, layer_idx)
+    slot = cache.layers[layer_idx]
+    if type(slot) is DynamicLayer:  # the others count their tokens
+        slot.__class__ = EmptyLayer
+
+
+class SkippedMHA(nn.Module):
+    """Stands where a deleted MHA was. It has no parameters and computes nothing, but for a post-norm's kept norm.
+
+    Args:
+        layer_idx: slot of the KV cache, or None for models without one.
+        marker: name of the first weight of the deleted MHA; an empty tensor takes its place in the checkpoint.
+        kept_norm: name of the norm inside the MHA that a post-norm block still applies, or None. norm: that norm.
+    """
+
+    def __init__(
+        self, layer_idx: int | None, marker: str, kept_norm: str | None = None, norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.kept_norm = kept_norm
+        *parents, last = marker.split(".")
+        _container(self, parents, Marker).register_buffer(last, torch.empty(0))
+        if kept_norm is not None:
+            *parents, last = kept_norm.split(".")
+            _container(self, parents, nn.Module).add_module(last, norm)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module.named_modules`, without the marker, whose place other methods would take for a projection."""
+        return (item for item in super().named_modules(*args, **kwargs) if not isinstance(item[1], Marker))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | NoUpdate, None]:
+        """Returns (what the block adds to its residual, no attention weights); shapes as the deleted MHA's."""
+        advance_cache(past_key_values, self.layer_idx, hidden_states)
+        if self.kept_norm is not None:
+            return self.get_submodule(self.kept_norm)(hidden_states), None
+        return skipped_output(hidden_states), None
+
+
+class Marker(nn.Module):
+    """Leads to the marker of a deleted MHA, under the names that lead to the MHA's first weight."""
+
+
+def _container(module: nn.Module, path: list[str], kind: type[nn.Module]) -> nn.Module:
+    for name in path:
+        if not hasattr(module, name):
+            module.add_module(name, kind())
+        module = getattr(module, name)
+    return module
