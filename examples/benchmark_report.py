@@ -34,7 +34,10 @@ def describe(point: dict[str, Any], title: str) -> str:
     rows = [["model", "parameters", "weights, MiB", "KV cache, bytes/token", "checkpoint, MiB", "load, s (× base)"]]
     for name, values in models.items():
         row = [LABELS[name], f"{values['parameters']:,}", f"{values['weights_bytes'] / 2**20:,.1f}"]
-        row.append(f"{values['kv_bytes_per_token']:,.0f} ({values['kv_ratio']:.3f} of the base)")
+        cache = f"{values['kv_bytes_per_token']:,.0f} ({values['kv_ratio']:.3f} of the base)"
+        if values["other_cache_bytes_per_sequence"]:
+            cache += f" + {values['other_cache_bytes_per_sequence'] / 2**10:,.0f} KiB per sequence"
+        row.append(cache)
         if "load_seconds" in values:
             load, speed_up = statistics.median(values["load_seconds"]), values["load_speed_up"]["median"]
             row += [f"{values['checkpoint_bytes'] / 2**20:,.1f}", f"{load:.2f} ({speed_up:.2f}×)"]

@@ -164,7 +164,7 @@ def adapted(
 
 def merged(recipe: Recipe, context: str | None = None, identity: bool = False) -> PreTrainedModel:
     """EAS merged: with `context="prompt"` its adapters go on reading each prompt, else everything is folded."""
-    model = adapted(recipe, recipe.skipped, context or "running", identity, own_targets=True)
+    model = adapted(recipe, recipe.skipped, context or "running", identity, own_targets=context is None)
     return model.merge_and_unload() if context is None else model.merge_and_unload(context=context)
 
 
@@ -186,10 +186,16 @@ def lora_merged(recipe: Recipe) -> PreTrainedModel:
 class AttentionFreeBlock(nn.Module):
     """y = x + FFN(norm(x)), and nothing else: what a skipped block costs at the least."""
 
-    def __init__(self, norm: nn.Module, ffn: nn.Module) -> None:
+    def __init__(self, block: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
-        self.norm = norm
-        self.ffn = ffn
+        norms = (
+            "pre_feedforward_layernorm",
+            "ln_2",
+            "post_attention_layernorm",
+        )  # of Gemma, GPT-2, Llama and its like
+        self.norm = next(getattr(block, name) for name in norms if hasattr(block, name))
+        has_norm_behind = hasattr(block, "post_feedforward_layernorm")
+        self.ffn = nn.Sequential(ffn, block.post_feedforward_layernorm) if has_norm_behind else ffn
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return hidden_states + self.ffn(self.norm(hidden_states))
@@ -211,8 +217,7 @@ def take_attention_out(model: PreTrainedModel, skipped: list[str]) -> None:
     for mha, block, row in list(find_mhas(model)):
         attention, layer = model.get_submodule(mha), model.get_submodule(block)
         if mha in skipped:
-            norm = layer.ln_2 if hasattr(layer, "ln_2") else layer.post_attention_layernorm
-            model.set_submodule(block, AttentionFreeBlock(norm, layer.get_submodule(row.ffn)))
+            model.set_submodule(block, AttentionFreeBlock(layer, layer.get_submodule(row.ffn)))
         elif row.kind == "decoder":
             kept.append(attention.layer_idx)
             attention.layer_idx = len(kept) - 1
