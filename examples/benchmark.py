@@ -215,9 +215,9 @@ def cache_bytes(model: nn.Module, prompt: Tensor) -> tuple[list[int], int]:
     keys_and_values, others = [], 0
     for slot in runner.cache.layers:
         keys_and_values.append(sum(t.numel() * t.element_size() for t in (slot.keys, slot.values) if t is not None))
-        values = [v for value in vars(slot).values() for v in (value.values() if isinstance(value, dict) else [value])]
-        held = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
-        others += held - keys_and_values[-1]
+        # What a prompt leaves for its adapters is kept by name.
+        tensors = [t for value in vars(slot).values() if isinstance(value, dict) for t in value.values()]
+        others += sum(t.numel() * t.element_size() for t in tensors)
     return keys_and_values, others
 
 
