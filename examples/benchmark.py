@@ -184,15 +184,26 @@ def measure_setting(
     runners = {name: RUNNERS[mode](model, tokens + options.decode_steps + 8) for name, model in models.items()}
     names = list(runners)
     times: dict[str, dict[str, list[float]]] = {task: {name: [] for name in names} for task in TASKS}
+    failed: dict[str, str] = {}
     for number in range(options.rounds + 1):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            seconds = run_once(runners[name], prompt, options.decode_steps, options.device)
+            bar.update()
+            if name in failed:
+                continue
+            try:
+                seconds = run_once(runners[name], prompt, options.decode_steps, options.device)
+            except RuntimeError as error:  # what cannot be captured or compiled is left out of the table
+                if mode == "eager" or name == "base":
+                    raise
+                failed[name] = str(error).splitlines()[0]
+                continue
             if number > 0:  # the first warms up
                 times["prefill"][name].append(seconds[0])
                 times["decode"][name].append(seconds[1] / options.decode_steps)
-            bar.update()
-    result = {"mode": mode, "batch": batch, "tokens": tokens, "seconds": times}
+    names = [name for name in names if name not in failed]
+    times = {task: {name: times[task][name] for name in names} for task in TASKS}
+    result = {"mode": mode, "batch": batch, "tokens": tokens, "seconds": times, "failed": failed}
     result["speed_up"] = {task: {name: ratios(times[task], name) for name in names} for task in TASKS}
     if mode == "eager":
         result["run_bytes"] = {}

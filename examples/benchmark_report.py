@@ -48,7 +48,7 @@ def describe(point: dict[str, Any], title: str) -> str:
     for setting in point["settings"]:
         parts.append(f"{setting['mode']}, batch {setting['batch']}, prompt of {setting['tokens']} tokens:")
         rows = [["model", "prefill, ms", "tokens/s", "× base", "decode, ms/token", "tokens/s", "× base", "peak, MiB"]]
-        for name in models:
+        for name in setting["speed_up"]["prefill"]:
             row = [LABELS[name]]
             for task, tokens in zip(TASKS, (setting["batch"] * setting["tokens"], setting["batch"])):
                 seconds = statistics.median(setting["seconds"][task][name])
@@ -58,8 +58,9 @@ def describe(point: dict[str, Any], title: str) -> str:
             row.append("—" if extra is None else f"{(models[name]['weights_bytes'] + extra) / 2**20:,.1f}")
             rows.append(row)
         parts.append(table(rows))
+        parts += [f"{LABELS[name]}: failed, {message}" for name, message in setting["failed"].items()]
         for label, (name, against) in PAIRS.items():
-            if name in models and against in models:
+            if name in setting["speed_up"]["prefill"] and against in setting["speed_up"]["prefill"]:
                 pair = [ratios(setting["seconds"][task], name, against)["median"] for task in TASKS]
                 parts.append(f"{label}: prefill {pair[0]:.3f}×, decode {pair[1]:.3f}×.")
     differences = ", ".join(f"{what} {value:.1e}" for what, value in point["logits_difference"].items())
