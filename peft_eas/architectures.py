@@ -25,6 +25,8 @@ class Architecture:
         kept_norm: the norm inside the MHA that a skipped block still applies, y = norm(x) (post-norm blocks), or None.
         core: the part of the MHA that holds its projections, where the MHA also reads its input for a residual, which
             its adapter must not touch (post-norm blocks); or None.
+        branch: the block's children that make up its FFN branch, in order, where y = x + branch(x) is all that the
+            block computes without its MHA; None where it is more, so that a merged block runs the stock code.
         kind: which tokens are the prompt: "decoder", those before the answer; "encoder", all that are attended to;
             "vision", all.
     """
@@ -37,7 +39,15 @@ class Architecture:
     output_norm: str | None = None
     kept_norm: str | None = None
     core: str | None = None
+    branch: tuple[str, ...] | None = None
     kind: Literal["decoder", "encoder", "vision"] = "decoder"
+
+    def __post_init__(self) -> None:
+        if self.branch is not None and self.ffn not in self.branch:
+            raise ValueError(
+                f"Architecture(branch={self.branch!r}) does not contain ffn={self.ffn!r}. Name the FFN and the norms "
+                "and dropouts around it, in order, or leave branch out."
+            )
 
     @property
     def deleted_norms(self) -> tuple[str, ...]:
@@ -51,8 +61,13 @@ _LLAMA = Architecture(
     ffn="mlp",
     ffn_projections=("mlp.gate_proj", "mlp.up_proj"),
     input_norm="input_layernorm",
+    branch=("post_attention_layernorm", "mlp"),
 )
-_GEMMA2 = replace(_LLAMA, output_norm="post_attention_layernorm")
+_GEMMA2 = replace(
+    _LLAMA,
+    output_norm="post_attention_layernorm",
+    branch=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaDecoderLayer": _LLAMA,
@@ -67,6 +82,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn="mlp",
         ffn_projections=("mlp.c_fc",),
         input_norm="ln_1",
+        branch=("ln_2", "mlp"),
     ),
     "BertLayer": Architecture(
         mha="attention",
@@ -83,6 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn="mlp",
         ffn_projections=("mlp.fc1",),
         input_norm="layernorm_before",
+        branch=("layernorm_after", "mlp", "dropout"),
         kind="vision",
     ),
     "CLIPEncoderLayer": Architecture(
@@ -91,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn="mlp",
         ffn_projections=("mlp.fc1",),
         input_norm="layer_norm1",
+        branch=("layer_norm2", "mlp"),
         kind="vision",
     ),
 }

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 CODE_FILE = "modeling_eas.py"
 # The modules of which that file is made, in the order in which they need each other.
-CODE_PARTS = ("adapter", "prompt", "skipped", "prompted", "checkpoint", "merged")
+CODE_PARTS = ("adapter", "prompt", "skipped", "forward", "checkpoint", "merged")
 # What else is done to the folder of a saved model; the package writes the model card.
 AFTER_SAVE: list[Callable[[PreTrainedModel, Path], None]] = []
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from .architectures import Architecture, default_targets, find_mhas
 from .config import EASConfig
+from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer
 from .skipped import SkippedMHA
 
@@ -133,8 +134,14 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
 
     Raises:
         ValueError: if the adapter was made for another shape, if a row of the table names what a block does not have,
-            if `groups` does not divide a width, or if the model computes its FFN in chunks.
+            if `groups` does not divide a width, if the model computes its FFN in chunks, or if it was merged already
+            and has kept its adapters.
     """
+    if any(hasattr(module, ADAPTER_NAME) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} was merged with context='prompt' and still has its adapters, which other EAS "
+            "adapters cannot stand in front of. Merge with a frozen context (freeze_context()) to train it further."
+        )
     widths = sorted({block_width(model, block, row) for block, row in targets.values()})
     shape = {"num_mhas": len(skippable_mhas(model)), "widths": widths}
     if config.base_shape is not None and config.base_shape != shape:

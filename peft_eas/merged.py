@@ -23,14 +23,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
 from .checkpoint import CODE_FILE, CheckpointMixin
+from .forward import ADAPTER_NAME, AdaptedForward, BranchForward, Carrier, PromptedAdapter
 from .prompt import PromptHook
-from .prompted import ADAPTER_NAME, Carrier, PromptedInput
 from .skipped import SkippedMHA
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "gpt2"),
     *("bert", "vit", "clip_vision_model", "clip", "llava"),
 )
+# Of the record `eas`. A process may load a checkpoint with the code of another one, which may be older.
+FORMAT = 1
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
@@ -47,8 +49,13 @@ def apply_record(
     by module name, or new ones for a checkpoint's weights.
 
     Raises:
-        ValueError: if the model has no module of a recorded name.
+        ValueError: if the model has no module of a recorded name; for a record of another format.
     """
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"The record `eas` in the checkpoint's config has format {record.get('format')!r}, but this code reads "
+            f"format {FORMAT}. Run `pip install --upgrade peft_eas`, `import peft_eas`, and load it in a new process."
+        )
     for name, entry in record["skipped"].items():
         mha = _find(model, name)
         if isinstance(mha, SkippedMHA):  # by the body, which is a merged model itself
@@ -58,16 +65,20 @@ def apply_record(
         _replace(model, name, stub.to(next(mha.parameters()).device))
         for norm_name in entry["norms"]:
             _replace(model, norm_name, nn.Identity())
+        if entry["branch"] is not None:
+            block = _find(model, entry["block"])
+            block.forward = BranchForward(block, entry["branch"], entry["layer_idx"])
     for name in record["biases"]:
         projection = _find(model, name)
+        weight = getattr(projection, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(_misfit(model, name))
         if projection.bias is None:
-            weight = projection.weight
             projection.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
     for name, entry in record.get("adapters", {}).items():
         module = _find(model, name)
         if not hasattr(module, ADAPTER_NAME):
-            adapter = adapters[name] if adapters else _new_adapter(entry)
-            _keep_adapter(model, module, adapter, entry)
+            _keep_adapter(model, module, adapters[name] if adapters else _new_adapter(entry), record, entry)
     if record.get("context") == "prompt":
         PromptHook(model, is_needed=_yes, answer_in_input=_yes if record["answer_in_input"] else _no)
 
@@ -84,12 +95,21 @@ def _new_adapter(entry: dict[str, Any]) -> RoutedAdapter:
     return (InputAdapter if entry["skipped_mha"] is None else PropagationAdapter)(**entry["shape"])
 
 
-def _keep_adapter(model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, entry: dict[str, Any]) -> None:
+def _keep_adapter(
+    model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, record: dict[str, Any], entry: dict[str, Any]
+) -> None:
+    """Puts `adapter` in front of `module`, an MHA, or the FFN behind a deleted MHA."""
+    module.add_module(ADAPTER_NAME, adapter)
+    prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["of_text"])
+    skipped = record["skipped"].get(entry["skipped_mha"])
+    if skipped is not None and skipped["branch"] is not None:
+        _find(model, skipped["block"]).forward.prompted[entry["child"]] = prompted
+        return
     carrier = None
-    if entry["skipped_mha"] is not None:
+    if skipped is not None:
         carrier = Carrier()
         _find(model, entry["skipped_mha"]).register_forward_pre_hook(carrier, with_kwargs=True)
-    PromptedInput(entry["layer_idx"], entry["of_text"], carrier).attach(module, adapter)
+    module.forward = AdaptedForward(module, prompted, carrier)
 
 
 def _resolve(model: nn.Module, name: str) -> str:
@@ -108,10 +128,14 @@ def _find(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(_resolve(model, name))
     except AttributeError as error:
-        raise ValueError(
-            f"The checkpoint's config says that {name} was changed by EAS, but {type(model).__name__} has no such "
-            "module. Load it with the class that its config names under `architectures`, and leave `eas` as it is."
-        ) from error
+        raise ValueError(_misfit(model, name)) from error
+
+
+def _misfit(model: nn.Module, name: str) -> str:
+    return (
+        f"The checkpoint's config says that {name} was changed by EAS, but {type(model).__name__} has no such module. "
+        "Load it with the class that its config names under `architectures`, and leave `eas` as it is."
+    )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -143,7 +143,7 @@ class PromptHook:
         if chunk is not None and self.is_needed():
             raise ValueError(
                 f"prefill_chunk_size={chunk} does not go with context='prompt': the first chunk needs the mean of "
-                "the whole prompt. Leave prefill_chunk_size out, or call freeze_context() on the model."
+                "the whole prompt. Leave prefill_chunk_size out, or call freeze_context() first, before a merge."
             )
         outer, self._generation = self._generation, None
         if isinstance(tokens, torch.Tensor):

@@ -53,7 +53,7 @@ class NoUpdate:
         return self.like.shape
 
     def __getattr__(self, name: str) -> Any:
-        if name == "like":  # not set yet, as while it is being copied
+        if name == "like" or name.startswith("__"):  # asked for while it is being copied
             raise AttributeError(name)
         return getattr(self.zeros(), name)
 
@@ -84,8 +84,8 @@ class EmptyLayer(DynamicLayer):
 
     def grow(self, num_tokens: int) -> None:
         """Counts `num_tokens` more tokens."""
-        batch, heads, length, size = self.keys.shape
-        self.keys = self.values = self.keys.new_empty(batch, heads, length + num_tokens, size)
+        batch, _, length, _ = self.keys.shape
+        self.keys = self.values = self.keys.new_empty((batch, 0, length + num_tokens, 0))
 
 
 def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: torch.Tensor) -> None:
@@ -101,15 +101,14 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
         return
     cache = getattr(cache, "self_attention_cache", cache)
     slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if slot is not None and slot.is_initialized and slot.keys.dim() == 4:
-        if slot.keys.shape[1] > 0:
-            raise ValueError(
-                f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by "
-                "another model, with another skip set, or by early_initialization(). Start with a new cache."
-            )
-        if isinstance(slot, EmptyLayer):
-            slot.grow(hidden_states.shape[1])
-            return
+    if isinstance(slot, EmptyLayer) and slot.is_initialized:
+        slot.grow(hidden_states.shape[1])
+        return
+    if slot is not None and slot.is_initialized and slot.keys.dim() == 4 and slot.keys.shape[1] > 0:
+        raise ValueError(
+            f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by another "
+            "model, with another skip set, or by early_initialization(). Start with a new cache."
+        )
     nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], 0)
     cache.update(nothing, nothing, layer_idx)
     slot = cache.layers[layer_idx]

@@ -26,8 +26,9 @@ from transformers import DynamicCache, StaticCache
 from peft_eas import EASConfig
 
 TEXT = [*DECODERS, "llava"]
-# How the model is used: context from the prompt, frozen context, or merged.
-MODES = ["prompt", "running", "merged"]
+# How the model is used: context from the prompt or frozen, and the same merged.
+MODES = ["prompt", "running", "merged prompt", "merged running"]
+BY_PROMPT = ["prompt", "merged prompt"]
 SOME_SKIPS = ["first", "half", "all"]
 LENGTH, NEW = 9, 8  # together more than twice the sliding window
 TOLERANCE = 2e-5
@@ -35,8 +36,8 @@ assert LENGTH > WINDOW
 
 every_model = pytest.mark.parametrize(
     ("family", "skip", "mode"),
-    # qwen3 differs from llama only within its attention.
-    [(f, s, m) for f in DECODERS for s in (["half"] if f == "qwen3" else SOME_SKIPS) for m in MODES],
+    # These differ from llama and from gemma3 only within their attention.
+    [(f, s, m) for f in DECODERS for s in (["half"] if f in ("qwen3", "gemma2") else SOME_SKIPS) for m in MODES],
 )
 every_family = pytest.mark.parametrize(("family", "mode"), [(f, m) for f in DECODERS for m in MODES])
 
@@ -48,8 +49,9 @@ def models(device):
 
     def get(family, skip, mode):
         if (family, skip, mode) not in made:
-            model = make_eas(family, device, SKIPS[skip], "prompt" if mode == "prompt" else "running")
-            made[family, skip, mode] = model.merge_and_unload() if mode == "merged" else model
+            context = "prompt" if mode in BY_PROMPT else "running"
+            model = make_eas(family, device, SKIPS[skip], context)
+            made[family, skip, mode] = model.merge_and_unload(context=context) if "merged" in mode else model
         return made[family, skip, mode]
 
     return get
@@ -71,9 +73,9 @@ def generate(model, inputs, new=NEW, **options):
 def full_forward(model, mode, sequences, prompt_length, **inputs):
     """Logits of one pass over `sequences` without a cache, at the positions that generation predicts from.
 
-    With mode "prompt" the prompt is marked from outside, so that this is independent of how generation finds it.
+    Where the context is the prompt's, it is marked from outside, independent of how generation finds it.
     """
-    if mode == "prompt":
+    if mode in BY_PROMPT:
         mask = torch.zeros_like(sequences, dtype=torch.bool)
         mask[:, :prompt_length] = True
         if "attention_mask" in inputs:
@@ -159,7 +161,7 @@ def test_cached_is_uncached_with_images(skip, mode, models, device):
 @pytest.mark.parametrize("family", TEXT)
 def test_merged_generates_as_unmerged(family, skip, models, device):
     inputs = make_inputs(family, device, length=LENGTH)
-    outputs = [generate(models(family, skip, mode), inputs) for mode in ("running", "merged")]
+    outputs = [generate(models(family, skip, mode), inputs) for mode in ("running", "merged running")]
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     assert difference(torch.stack(outputs[1].logits), torch.stack(outputs[0].logits)) <= TOLERANCE
 
@@ -309,7 +311,7 @@ def test_a_second_turn_on_the_same_cache(family, skip, mode, kind, models, devic
     )
     steps = torch.stack(second.logits, dim=1)
     mask = {}
-    if mode == "prompt":
+    if mode in BY_PROMPT:
         mask["eas_prompt_mask"] = torch.zeros_like(second.sequences, dtype=torch.bool)
         mask["eas_prompt_mask"][:, :LENGTH] = True
     expected = logits(model, {"input_ids": second.sequences, "use_cache": False, **mask})
@@ -472,7 +474,7 @@ def test_a_merged_model_assists_its_base(family, skip, models, device):
 def test_the_model_is_its_own_assistant(family, mode, models, device):
     """Every candidate is right, so that as few passes as possible are made."""
     model = models(family, "half", mode)
-    assistant = model if mode == "merged" else model.base_model.model
+    assistant = model if "merged" in mode else model.base_model.model
     inputs = make_inputs(family, device, batch=1, length=LENGTH)
     expected = generate(model, inputs, new=12)
     actual = generate(model, inputs, new=12, assistant_model=assistant)

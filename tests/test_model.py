@@ -24,6 +24,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import DynamicCache
+from transformers.models.gemma2 import modeling_gemma2
 
 from peft_eas import EASConfig
 
@@ -187,13 +188,18 @@ def count_calls(model: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("family", ALL)
 def test_skipped_means_not_computed(family, skip, merge, device, monkeypatch):
     kernels = []
-    kernel = nn.functional.scaled_dot_product_attention
 
-    def counted(*args, **kwargs):
-        kernels.append(1)
-        return kernel(*args, **kwargs)
+    def counted(kernel):
+        def count(*args, **kwargs):
+            kernels.append(1)
+            return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+        return count
+
+    places = [(nn.functional, "scaled_dot_product_attention")]
+    places.append((modeling_gemma2, "eager_attention_forward"))  # which caps its attention scores itself
+    for module, name in places:
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     model = make_eas(family, device, SKIPS[skip], "running")
     model = model.merge_and_unload() if merge else model
     calls = count_calls(model)

@@ -1,0 +1,147 @@
+"""How a merged model's blocks run: without the MHAs that are deleted, and behind the adapters that stay, if any do.
+
+Adapters stay where their context is to be each prompt's own, for any batch and any padding.
+
+An adapter depends on the token only through z → z + left (C z) + shift, where left and shift follow from the prompt
+alone (arXiv 2403.15226, section 3.3). Both are computed once per sequence, with the prompt, and kept in the layer's
+slot of the KV cache; every later token costs two thin products. They stay in front of the projections, where they are
+of the model's width: behind them, folded into the weights but for what the router decides, there would be one pair of
+thin factors per projection, each of the FFN's width, to read for every token.
+
+Needs nothing but torch and transformers: it is a part of the file that a merged checkpoint carries.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .adapter import RoutedAdapter
+from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
+from .skipped import advance_cache
+
+ADAPTER_NAME = "eas_adapter"
+
+
+class PromptedAdapter:
+    """An adapter whose context is each prompt's: what it does to z, and what it keeps of the prompt meanwhile.
+
+    Args:
+        adapter: the adapter. layer_idx: slot of the KV cache, or None for models without one.
+        of_text: whether the prompt is marked; otherwise (vision) every token is of the prompt.
+    """
+
+    def __init__(self, adapter: RoutedAdapter, layer_idx: int | None, of_text: bool) -> None:
+        adapter.running_context = adapter.num_contexts = None  # of no use here, hence not in the checkpoint
+        adapter.dropout.p = 0.0
+        self.adapter = adapter
+        self.layer_idx = layer_idx
+        self.of_text = of_text
+        self.keys = tuple((type(adapter).__name__, part) for part in ("left", "shift"))
+        self._new: tuple[torch.Tensor, ...] | None = None
+
+    def __call__(self, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, seen: int) -> torch.Tensor:
+        """What the projections read instead of z, (B, T, d), of which the cache has seen `seen` tokens before."""
+        if seen > 0:
+            left, shift = self._kept(cache, seen)
+        else:
+            context = (prompt or Prompt(None)).mean(z) if self.of_text else z.float().mean(1)
+            left, shift = self.adapter.affine_map(context)
+            left, shift = left.transpose(1, 2).to(z.dtype).contiguous(), shift[:, None].to(z.dtype)
+            self._new = left, shift
+        return torch.baddbmm(z + shift, F.linear(z, self.adapter.token_down.weight), left)
+
+    def _kept(self, cache: Cache, seen: int) -> tuple[torch.Tensor, ...]:
+        kept = tuple(read_context(cache, self.layer_idx, key) for key in self.keys)
+        if any(value is None for value in kept):
+            raise ValueError(
+                f"The KV cache holds {seen} tokens of layer {self.layer_idx}, but not what their prompt makes of its "
+                "adapter: it was filled by another model. Start with a new cache."
+            )
+        return kept
+
+    def keep(self, cache: Cache | None) -> None:
+        """Writes what a new prompt has decided into the layer's slot of `cache`, once there is one."""
+        if self._new is not None and cache is not None and self.layer_idx is not None:
+            for key, value in zip(self.keys, self._new):
+                write_context(cache, self.layer_idx, key, value)
+        self._new = None
+
+
+class Carrier:
+    """Pre-hook on a deleted MHA: takes the prompt and the cache from there to the FFN, which is given neither."""
+
+    prompt: Prompt | None = None
+    cache: Cache | None = None
+
+    def __call__(self, mha: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.prompt, self.cache = kwargs.get(PROMPT_KEY), kwargs.get("past_key_values")
+
+    def take(self) -> tuple[Prompt | None, Cache | None]:
+        """The prompt and the cache, which are not held any longer."""
+        taken = self.prompt, self.cache
+        self.prompt = self.cache = None
+        return taken
+
+
+class AdaptedForward:
+    """The forward pass of an MHA or FFN behind an adapter; it stands in the place of the module's own.
+
+    Args:
+        module: the module. prompted: the adapter.
+        carrier: what brings prompt and cache where the module is an FFN; None for an MHA, which is given them.
+    """
+
+    def __init__(self, module: nn.Module, prompted: PromptedAdapter, carrier: Carrier | None) -> None:
+        self.module = module
+        self.prompted = prompted
+        self.carrier = carrier
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the module does."""
+        z = args[0] if args else kwargs["hidden_states"]
+        prompt, cache = kwargs.pop(PROMPT_KEY, None), kwargs.get("past_key_values")
+        counted = 0
+        if self.carrier is not None:
+            (prompt, cache), counted = self.carrier.take(), z.shape[1]  # the MHA's slot has counted this pass already
+        z = self.prompted(z, prompt, cache, cached_length(cache, self.prompted.layer_idx) - counted)
+        args, kwargs = ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
+        output = type(self.module).forward(self.module, *args, **kwargs)
+        self.prompted.keep(cache)
+        return output
+
+
+class BranchForward:
+    """The forward pass of a pre-norm block without its MHA, y = x + branch(x) (arXiv 2403.15226, section 3.3).
+
+    It stands in the place of the block's own, which would call the stub, and norms that are gone.
+
+    Args:
+        block: the block. branch: names of its children that make up the branch, in order.
+        layer_idx: slot of the KV cache, or None for models without one.
+    """
+
+    def __init__(self, block: nn.Module, branch: list[str], layer_idx: int | None) -> None:
+        self.block = block
+        self.branch = branch
+        self.layer_idx = layer_idx
+        self.prompted: dict[str, PromptedAdapter] = {}  # by the child in front of which it stands
+        names = list(inspect.signature(type(block).forward).parameters)[2:]
+        self.cache_position = names.index("past_key_values") if "past_key_values" in names else len(names)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Takes what the block does and returns its output, in the shape of `hidden_states`, (B, T, d)."""
+        cache = args[self.cache_position] if self.cache_position < len(args) else kwargs.get("past_key_values")
+        seen = cached_length(cache, self.layer_idx) if self.prompted else 0
+        advance_cache(cache, self.layer_idx, hidden_states)
+        children, update = self.block._modules, hidden_states
+        for name in self.branch:
+            if name in self.prompted:
+                prompted = self.prompted[name]
+                update = prompted(update, kwargs.get(PROMPT_KEY), cache, seen)
+                prompted.keep(cache)
+            update = children[name](update)
+        return hidden_states + update
