@@ -10,7 +10,8 @@ turns: a round runs each of them once, in an order that rotates, and a ratio is 
 / variant time of the same round. A run is a prefill and then greedy decoding behind it by direct calls of the model
 with a KV cache (`generate()` adds the same to all); the decoding time leaves the prefill out. All variants share the
 base's weights in memory (see variants.py), so memory is given as each variant's own weights plus what one run takes
-above them. The adapters' weights are random: neither they nor the choice of the attentions matter for speed.
+above them: what CUDA's allocator says, and on the CPU the tensors that operators return, without what kernels need
+for themselves. The adapters' weights are random: neither they nor the choice of the attentions matter for speed.
 
 Writes benchmark.json, with the times of every round, and benchmark.png to --output-dir.
 """
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model", help="a decoder's checkpoint, a folder with a config.json alone (random weights), or smollm2"
     )
     source.add_argument("--shape", choices=SHAPES, default="160m", help="a Llama of these shapes with random weights")
-    parser.add_argument("--num-skip", type=int, nargs="+", help="numbers of skipped attentions (default: a sixth …)")
+    parser.add_argument("--num-skip", type=int, nargs="+", help="(default: a sixth, a third, a half)")
     parser.add_argument(
         "--variants", nargs="+", choices=BUILDERS, default=list(BUILDERS), help="the base is always in"
     )
