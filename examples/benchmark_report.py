@@ -97,7 +97,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     points = results["sweep"]
     skips = [point["num_skip"] for point in points]
     columns = range(len(points[0]["settings"]))
-    figure = Figure(figsize=(1.2 + 3.0 * max(2, len(columns)), 6.2), layout="constrained")
+    figure = Figure(figsize=(1.8 + 3.0 * max(2, len(columns)), 6.2), layout="constrained")
     panels = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     for row, task in enumerate(TASKS):
         for column in columns:
