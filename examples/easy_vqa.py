@@ -48,6 +48,7 @@ from vqa import (
 )
 
 from peft_eas import EASCallback, EASConfig
+from peft_eas.card import record_speed
 from peft_eas.plots import plot_search_curve, plot_skip_map
 
 BASE = Path(__file__).parent / "base"
@@ -313,12 +314,18 @@ def main() -> None:
         unmerged_logits = eas(**batch).logits
         merged = copy.deepcopy(eas).merge_and_unload(safe_merge=True)
         difference = (merged(**batch).logits - unmerged_logits).abs().max().item()
+    models = {"base": base, "unmerged": eas, "merged": merged}
+    seconds = time_models(models, batch, rounds=3 if arguments.quick else 15)
+    on_cpu = arguments.device == "cpu"
+    record_speed(
+        merged,
+        device=f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name(),
+        **{task: speed_up(times, "merged") for task, times in seconds.items()},
+        conditions=f"{len(items)} questions, {str(merged.dtype).removeprefix('torch.')}",
+    )
     merged.save_pretrained(merged_folder)
     processor.save_pretrained(merged_folder)
     base.save_pretrained(arguments.output_dir / "base")
-
-    models = {"base": base, "unmerged": eas, "merged": merged}
-    seconds = time_models(models, batch, rounds=3 if arguments.quick else 15)
     prompt_tokens = batch["input_ids"].numel()
     rows = [["model", "parameters", "MB on disk", "prefill, µs/token", "decode, µs/token", "KV cache, bytes/token"]]
     for name, model in models.items():

@@ -7,13 +7,18 @@ from .adapter import InputAdapter, PropagationAdapter
 from .architectures import ARCHITECTURES, Architecture
 from .bandit import AttentionBandit
 from .callback import EASCallback
+from .card import adapter_card, write_merged_card
+from .checkpoint import AFTER_SAVE
 from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
+from .peft_type import add_to_cards
 
 __version__ = "0.1.0"
 
 if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:  # harmless when the package is imported again
     register_peft_method(name="eas", config_cls=EASConfig, model_cls=EASModel)
+    add_to_cards(PEFT_TYPE, adapter_card)
+    AFTER_SAVE.append(write_merged_card)
 
 __all__ = [
     "ARCHITECTURES",

@@ -280,6 +280,7 @@ class EASCallback(TrainerCallback, ExportableState):
         if saved["skipped_modules"] is not None:
             eas.fix_skipped_modules(saved["skipped_modules"])
             self._skipped_modules = eas.skipped_modules
+            self._note_scores(eas)
         elif self._skipped_modules is not None:
             raise ValueError(
                 "The checkpoint is from the middle of a search, but this model's skip set is fixed already "
@@ -293,6 +294,7 @@ class EASCallback(TrainerCallback, ExportableState):
         # state, and only then calls a callback: the two fit each other because none ever leaves a parameter out.
         eas.fix_skipped_modules(self._bandit.best())
         self._skipped_modules = eas.skipped_modules
+        self._note_scores(eas)
         forget_best_checkpoint(state)
         logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), state.global_step)
         if state.is_world_process_zero:
@@ -310,6 +312,10 @@ class EASCallback(TrainerCallback, ExportableState):
         if self._is_searching:
             return "warm-up" if step < self._warmup_end else "search"
         return "frozen" if _is_frozen(_eas_of(model)) else "tune"
+
+    def _note_scores(self, eas: EASModel) -> None:
+        """Leaves the scores in the adapter's config, where its model card finds them."""
+        eas.peft_config[eas.active_adapters[0]].scores = dict(zip(self._bandit.candidates, self._bandit.scores))
 
     def _show_phase(self, state: TrainerState, model: nn.Module) -> None:
         phase = self._phase(state.global_step, model)

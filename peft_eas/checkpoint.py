@@ -17,6 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from .forward import ADAPTER_NAME
+
 CODE_FILE = "modeling_eas.py"
 # The modules of which that file is made, in the order in which they need each other.
 CODE_PARTS = ("adapter", "prompt", "skipped", "forward", "checkpoint", "merged")
@@ -84,6 +86,12 @@ class CheckpointMixin:
         if lost:
             raise ValueError(
                 f"The checkpoint lacks {len(lost)} of the weights that it was saved with, such as {lost[0]}. {advice}"
+            )
+        if any(parameter.is_meta for name, parameter in model.named_parameters() if f".{ADAPTER_NAME}." in name):
+            raise ValueError(
+                "device_map offloads adapters that this model has kept for each prompt's own context, which are not "
+                "brought back when they are needed. Choose a device_map that offloads nothing, or merge the model "
+                "with a frozen context."
             )
         return (model, info) if output_loading_info else model
 

@@ -33,6 +33,7 @@ class EASConfig(PeftConfig):
         context: what the adapters' context is.
         init_weights: whether the adapters start as the identity.
         base_shape: shape of the base model, written at injection.
+        scores: the search's scores, written by it.
 
     Raises:
         ValueError: for a value out of range and for fields that contradict each other.
@@ -96,6 +97,13 @@ class EASConfig(PeftConfig):
         default=None,
         metadata={"help": "Number of MHAs and widths of the base model. Written at injection, checked on loading."},
     )
+    scores: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Score of each candidate, by its full name, as the search left them; the higher, the less it "
+            "costs to skip the MHA. Written at the end of the search, and shown on the model card."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +141,12 @@ class EASConfig(PeftConfig):
         require("context", self.context in ("prompt", "running"), "'prompt' or 'running'")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip) and self.num_skip >= 0, "an integer of at least 0, or None")
+        if self.scores is not None:
+            is_right = isinstance(self.scores, dict) and all(
+                isinstance(name, str) and is_number(score) and abs(score) < float("inf")
+                for name, score in self.scores.items()
+            )
+            require("scores", is_right, "a dict from names of MHAs to finite numbers, or None")
 
     def _check_skipped_modules(self) -> None:
         names = self.skipped_modules

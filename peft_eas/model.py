@@ -22,6 +22,7 @@ from .config import EASConfig
 from .layer import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer
 from .merged import turn_into_merged
 from .prompt import PromptHook
+from .provenance import origin
 from .record import check_finite, record_of_fold, record_with_adapters
 
 # Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
@@ -353,6 +354,7 @@ class EASModel(BaseTuner):
                     f"The adapter {name!r} cannot be merged into weights that {sorted(merged)} is merged into. Call "
                     "unmerge_adapter() first."
                 )
+            facts = origin(self, name)
             if context == "prompt":
                 record, kept = record_with_adapters(self.model, self._adapted_layers(), name, self.answer_in_input())
                 if safe_merge:
@@ -364,6 +366,7 @@ class EASModel(BaseTuner):
             else:
                 self._check_merge(name, safe_merge, warn=context is None)
                 record = record_of_fold(self.model, self._adapted_layers(), name)
+            record["origin"] = facts
             adapter_names = [name]
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         self._prompt_hook.remove()

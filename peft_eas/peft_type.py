@@ -1,5 +1,12 @@
-"""Adds EAS to PEFT's closed list of methods. Every workaround for PEFT lives here, and only here."""
+"""Adds EAS to PEFT's closed list of methods and to its cards. Every workaround for PEFT lives here, and only here."""
 
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from peft import PeftModel
 from peft.utils import PeftType
 
 
@@ -22,3 +29,37 @@ def add_peft_type(name: str = "EAS") -> PeftType:
         PeftType._hashable_values_.append(name)
     type.__setattr__(PeftType, name, member)
     return member
+
+
+def add_to_cards(
+    peft_type: PeftType, around: Callable[[PeftModel, str | os.PathLike], AbstractContextManager]
+) -> None:
+    """Lets PEFT write its model card of models of the method `peft_type` inside the context `around`, also on a push.
+
+    PEFT has no hook for a method's own card. And push_to_hub (`transformers.utils.PushToHubMixin`) puts the card that
+    is on the Hub, or an empty one that calls the adapter a transformers model, in the place of the one just saved.
+    Calling this again changes nothing.
+    """
+    write_card, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+    if getattr(write_card, "has_eas", False):
+        return
+
+    def is_ours(model: PeftModel) -> bool:
+        return model.active_peft_config.peft_type == peft_type
+
+    @functools.wraps(write_card)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        if not is_ours(self):
+            return write_card(self, output_dir)
+        with around(self, output_dir):
+            return write_card(self, output_dir)
+
+    @functools.wraps(upload)
+    def upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if is_ours(self):
+            self.create_or_update_model_card(working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    create_or_update_model_card.has_eas = True
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = upload_modified_files

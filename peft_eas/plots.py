@@ -37,39 +37,63 @@ def plot_skip_map(source: Source, path: str | os.PathLike) -> Path:
         ImportError: without matplotlib. FileNotFoundError, ValueError: if `source` holds no search.
     """
     bandit, skipped, is_over = _read(source)
-    labels, what = _short_names(bandit.candidates)
+    return draw_skip_map(bandit.candidates, skipped, dict(zip(bandit.candidates, bandit.scores)), path, is_over)
+
+
+def draw_skip_map(
+    candidates: list[str],
+    skipped: list[str],
+    scores: dict[str, float] | None,
+    path: str | os.PathLike,
+    is_over: bool = True,
+) -> Path:
+    """As `plot_skip_map`, from what it reads out of a search; without scores only what is kept and what is skipped.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    labels, what = _short_names(candidates)
     rows = len(labels)
-    figure = _new_figure(6.4, 1.2 + ROW_HEIGHT * max(rows, 4))
-    states, scores = figure.subplots(1, 2, sharey=True, width_ratios=(1, 4))
-    for row, (name, score) in enumerate(zip(bandit.candidates, bandit.scores)):
+    figure = _new_figure(6.4 if scores else 3.2, 1.2 + ROW_HEIGHT * max(rows, 4))
+    axes = figure.subplots(1, 2 if scores else 1, sharey=True, squeeze=False, width_ratios=(1, 4) if scores else None)
+    states = axes[0, 0]
+    for row, name in enumerate(candidates):
         is_skipped = name in skipped
         colour = SKIPPED if is_skipped else KEPT
         # The word tells the state without colour.
         states.barh(row, 1.0, height=0.86, color=colour if is_skipped else "white", edgecolor=colour)
         states.text(0.5, row, "skipped" if is_skipped else "kept", ha="center", va="center", size=FONT_SIZE - 1,
                     color="white" if is_skipped else colour)  # fmt: skip
-        scores.barh(row, score, height=0.7, color=colour)
-        scores.annotate(f" {score:+.3f} ", (score, row), ha="left" if score >= 0 else "right", va="center",
-                        size=FONT_SIZE - 1)  # fmt: skip
     states.set_xlim(0, 1)
     states.set_xticks([])
     states.set_yticks(range(rows), labels, size=FONT_SIZE)
     states.set_ylim(rows - 0.4, -0.6)
     states.set_ylabel(what)
     states.tick_params(length=0)
-    scores.tick_params(axis="y", length=0)
-    low, high = min(0.0, *bandit.scores), max(0.0, *bandit.scores)
-    room = 0.2 * (high - low) or 1.0  # for the numbers
-    scores.set_xlim(low - (room if low < 0 else 0), high + (room if high > 0 or low == 0 else 0))
-    if low == high:
-        scores.set_xticks([0.0])
-    scores.axvline(0.0, color="black", linewidth=0.8)
-    scores.set_xlabel("score (higher: skipping it costs less)")
     _plain(states)
-    _plain(scores)
+    if scores:
+        _draw_scores(
+            axes[0, 1], [scores.get(name, 0.0) for name in candidates], [name in skipped for name in candidates]
+        )
     title = "{} of {} attentions skipped" if is_over else "Search not over: the best {} of {} attentions so far"
     figure.suptitle(title.format(len(skipped), rows), size=FONT_SIZE + 2)
     return _save(figure, path)
+
+
+def _draw_scores(axes: "Axes", scores: list[float], are_skipped: list[bool]) -> None:
+    for row, (score, is_skipped) in enumerate(zip(scores, are_skipped)):
+        axes.barh(row, score, height=0.7, color=SKIPPED if is_skipped else KEPT)
+        axes.annotate(f" {score:+.3f} ", (score, row), ha="left" if score >= 0 else "right", va="center",
+                      size=FONT_SIZE - 1)  # fmt: skip
+    axes.tick_params(axis="y", length=0)
+    low, high = min(0.0, *scores), max(0.0, *scores)
+    room = 0.2 * (high - low) or 1.0  # for the numbers
+    axes.set_xlim(low - (room if low < 0 else 0), high + (room if high > 0 or low == 0 else 0))
+    if low == high:
+        axes.set_xticks([0.0])
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set_xlabel("score (higher: skipping it costs less)")
+    _plain(axes)
 
 
 def plot_search_curve(

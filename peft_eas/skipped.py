@@ -111,9 +111,11 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
         )
     nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], 0)
     cache.update(nothing, nothing, layer_idx)
-    slot = cache.layers[layer_idx]
-    if type(slot) is DynamicLayer:  # the others count their tokens
-        slot.__class__ = EmptyLayer
+    if type(cache.layers[layer_idx]) is DynamicLayer:  # the others count their tokens
+        empty = EmptyLayer()
+        empty.lazy_initialization(nothing, nothing)
+        empty.keys = empty.values = nothing
+        cache.layers[layer_idx] = empty
 
 
 class SkippedMHA(nn.Module):
@@ -157,6 +159,10 @@ class SkippedMHA(nn.Module):
 
 class Marker(nn.Module):
     """Leads to the marker of a deleted MHA, under the names that lead to the MHA's first weight."""
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """None: who moves a model's tensors about, as accelerate does, has nothing to move here."""
+        return iter(())
 
 
 def _container(module: nn.Module, path: list[str], kind: type[nn.Module]) -> nn.Module:

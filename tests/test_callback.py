@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from training import NAMES, SCHEDULE, Sentences, Watcher, make_model, make_trainer, refuse
 from transformers import TrainerCallback
 
-from peft_eas import EASCallback
+from peft_eas import EASCallback, EASConfig
 
 # --- the course of a run -------------------------------------------------------------------------------------------
 
@@ -95,6 +95,17 @@ def test_an_ordinary_run_works_with_the_defaults(tmp_path):
     trainer.train()
     assert len(trainer.model.peft_config["default"].skipped_modules) == 2
     assert trainer.model.peft_config["default"].context == "running"
+
+
+def test_the_adapter_keeps_the_scores(tmp_path):
+    callback = EASCallback(**SCHEDULE)
+    trainer = make_trainer(tmp_path, callback)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    scores = EASConfig.from_pretrained(str(tmp_path)).scores
+    assert list(scores.values()) == callback.record["bandit"]["scores"]
+    skipped = trainer.model.base_model.skipped_modules
+    assert min(scores.pop(name) for name in skipped) >= max(scores.values())
 
 
 def test_given_modules_leave_nothing_to_search(tmp_path):

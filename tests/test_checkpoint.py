@@ -179,6 +179,20 @@ def test_shards(name, context, saved, tmp_path, device):
     assert torch.equal(logits(loaded, inputs), expected)
 
 
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_offloading_to_disk(context, saved, tmp_path):
+    folder, auto = saved("llama", context)
+    inputs, expected = torch.load(folder / "expected.pt", map_location="cpu")
+    names = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
+    options = {"device_map": {**dict.fromkeys(names, "cpu"), "model.layers": "disk"}, "offload_folder": str(tmp_path)}
+    if context == "running":
+        model = getattr(transformers, auto).from_pretrained(folder, **options)
+        assert torch.equal(logits(model, inputs), expected)
+    else:
+        with pytest.raises(ValueError, match=r"device_map offloads adapters.*offloads nothing"):
+            getattr(transformers, auto).from_pretrained(folder, **options)
+
+
 class Allocations(TorchDispatchMode):
     """Shapes of every tensor that was made outside the meta device."""
 

@@ -42,6 +42,7 @@ NAN, INF = float("nan"), float("inf")
         ("dropout", [-0.1, 1.0, 1.5, NAN, "0.1", None], "in [0, 1)"),
         ("context", ["Prompt", "static", None, 3], "'prompt' or 'running'"),
         ("num_skip", [-1, 1.5, "2", True], "an integer of at least 0, or None"),
+        ("scores", [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}], "a dict from names of MHAs to finite numbers, or None"),
     ],
 )
 def test_values_out_of_range(field, values, allowed):
@@ -70,6 +71,8 @@ def test_groups_that_do_not_divide_a_rank(field, value):
         ("num_skip", 0),
         ("skipped_modules", []),
         ("skipped_modules", ("a", "b")),
+        ("scores", {}),
+        ("scores", {"a": 1, "b": -0.5}),
     ],
 )
 def test_values_at_the_edge_of_the_range(field, value):

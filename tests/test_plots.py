@@ -13,7 +13,7 @@ matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from peft_eas.plots import KEPT, SKIPPED, plot_search_curve, plot_skip_map  # noqa: E402
+from peft_eas.plots import KEPT, SKIPPED, draw_skip_map, plot_search_curve, plot_skip_map  # noqa: E402
 
 FAMILIES = {
     "few": [f"model.layers.{i}.self_attn" for i in range(4)],
@@ -149,6 +149,15 @@ def test_a_search_that_is_not_over_shows_the_best_so_far(tmp_path, drawn):
     plot_skip_map(make_record(FAMILIES["few"], rounds=0, is_over=False), tmp_path / "start.png")
     with pytest.raises(ValueError, match="no round of rewards yet"):
         plot_search_curve(make_record(FAMILIES["few"], rounds=0), tmp_path / "curve.png")
+
+
+def test_a_map_without_a_search_shows_the_states_alone(tmp_path, drawn):
+    draw_skip_map(NAMES, NAMES[1:2], None, tmp_path / "map.png")
+    shown = [text.get_text() for text in texts(drawn[0])]
+    assert sorted(shown) == sorted(
+        ["1 of 4 attentions skipped", "layer", "0", "1", "2", "3", "kept", "skipped", "kept", "kept"]
+    )
+    assert len(drawn[0].axes) == 1
 
 
 def test_what_holds_no_search_is_refused(tmp_path):

@@ -24,6 +24,7 @@ def test_resumed_from_any_phase_it_ends_bit_equal(tmp_path, step):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.model.base_model.skipped_modules == whole.model.base_model.skipped_modules
     assert_equal(weights(resumed.model), weights(whole.model))
+    assert resumed.model.peft_config["default"].scores == whole.model.peft_config["default"].scores is not None
     steps = range(step + 1, 21)
     logs = [{e["step"]: e for e in trainer.state.log_history if "loss" in e} for trainer in (whole, resumed)]
     for number in steps:
