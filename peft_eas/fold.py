@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter import RoutedAdapter
 
 # Weights below float32 are upcast in blocks of this many elements, so that folding never needs a copy of the weight.
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)

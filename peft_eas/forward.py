@@ -43,25 +43,29 @@ class PromptedAdapter:
         self.keys = tuple((type(adapter).__name__, part) for part in ("left", "shift"))
         self._new: tuple[torch.Tensor, ...] | None = None
 
-    def __call__(self, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, seen: int) -> torch.Tensor:
-        """What the projections read instead of z, (B, T, d), of which the cache has seen `seen` tokens before."""
-        if seen > 0:
-            left, shift = self._kept(cache, seen)
-        else:
+    def __call__(self, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, counted: int = 0) -> torch.Tensor:
+        """What the projections read instead of z, (B, T, d), of which the slot has counted `counted` tokens already.
+
+        Raises:
+            ValueError: if the cache was filled by another model.
+        """
+        # Whether the slot holds what the prompt has decided tells more than its length, a tensor in a static cache.
+        left, shift = (read_context(cache, self.layer_idx, key) for key in self.keys)
+        if left is None:
+            self._check_is_new(cache, counted)
             context = (prompt or Prompt(None)).mean(z) if self.of_text else z.float().mean(1)
             left, shift = self.adapter.affine_map(context)
             left, shift = left.transpose(1, 2).to(z.dtype).contiguous(), shift[:, None].to(z.dtype)
             self._new = left, shift
         return torch.baddbmm(z + shift, F.linear(z, self.adapter.token_down.weight), left)
 
-    def _kept(self, cache: Cache, seen: int) -> tuple[torch.Tensor, ...]:
-        kept = tuple(read_context(cache, self.layer_idx, key) for key in self.keys)
-        if any(value is None for value in kept):
+    def _check_is_new(self, cache: Cache | None, counted: int) -> None:
+        seen = 0 if torch.compiler.is_compiling() else cached_length(cache, self.layer_idx) - counted
+        if cache is not None and seen > 0:
             raise ValueError(
                 f"The KV cache holds {seen} tokens of layer {self.layer_idx}, but not what their prompt makes of its "
                 "adapter: it was filled by another model. Start with a new cache."
             )
-        return kept
 
     def keep(self, cache: Cache | None) -> None:
         """Writes what a new prompt has decided into the layer's slot of `cache`, once there is one."""
@@ -107,7 +111,7 @@ class AdaptedForward:
         counted = 0
         if self.carrier is not None:
             (prompt, cache), counted = self.carrier.take(), z.shape[1]  # the MHA's slot has counted this pass already
-        z = self.prompted(z, prompt, cache, cached_length(cache, self.prompted.layer_idx) - counted)
+        z = self.prompted(z, prompt, cache, counted)
         args, kwargs = ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
         output = type(self.module).forward(self.module, *args, **kwargs)
         self.prompted.keep(cache)
@@ -135,13 +139,12 @@ class BranchForward:
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes what the block does and returns its output, in the shape of `hidden_states`, (B, T, d)."""
         cache = args[self.cache_position] if self.cache_position < len(args) else kwargs.get("past_key_values")
-        seen = cached_length(cache, self.layer_idx) if self.prompted else 0
         advance_cache(cache, self.layer_idx, hidden_states)
         children, update = self.block._modules, hidden_states
         for name in self.branch:
             if name in self.prompted:
                 prompted = self.prompted[name]
-                update = prompted(update, kwargs.get(PROMPT_KEY), cache, seen)
+                update = prompted(update, kwargs.get(PROMPT_KEY), cache, counted=hidden_states.shape[1])
                 prompted.keep(cache)
             update = children[name](update)
         return hidden_states + update

@@ -263,6 +263,14 @@ class AdaptedLayer(EASLayer):
         self.fold_records = {}
         self.merged_adapters.clear()
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """As above; what was folded need not be taken out again, so no record of it takes memory."""
+        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        self.fold_records = {}
+        return module
+
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:

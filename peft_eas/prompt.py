@@ -22,14 +22,25 @@ PROMPT_MASK_KEY = "eas_prompt_mask"
 
 
 class Prompt:
-    """The prompt of one forward pass. `mask` is boolean, (B, T), True for prompt tokens; None means every token.
+    """The prompt of one forward pass.
+
+    Args:
+        mask: boolean, (B, T), True for prompt tokens; None for every token; or a function that returns either, called
+            when it is first needed, for a pass that goes on behind a KV cache needs none.
 
     `recorded` names the adapters whose statistic has seen this pass, which gradient checkpointing computes twice.
     """
 
-    def __init__(self, mask: torch.Tensor | None) -> None:
-        self.mask = mask
+    def __init__(self, mask: torch.Tensor | Callable[[], torch.Tensor | None] | None) -> None:
+        self._mask = mask
         self.recorded: set[int] = set()
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The mask."""
+        if callable(self._mask) and not isinstance(self._mask, torch.Tensor):
+            self._mask = self._mask()
+        return self._mask
 
     def mean(self, z: torch.Tensor) -> torch.Tensor:
         """Mean over the prompt's tokens of z, shape (B, T, d), in float32, shape (B, d).
@@ -37,15 +48,16 @@ class Prompt:
         Raises:
             ValueError: if the mask is for another number of tokens or sequences than z has.
         """
-        if self.mask is None:
+        mask = self.mask
+        if mask is None:
             return z.float().mean(1)
-        if self.mask.shape != z.shape[:2]:
+        if mask.shape != z.shape[:2]:
             raise ValueError(
-                f"The prompt mask has shape {tuple(self.mask.shape)}, but the layer computes {tuple(z.shape[:2])} "
+                f"The prompt mask has shape {tuple(mask.shape)}, but the layer computes {tuple(z.shape[:2])} "
                 f"(sequences, tokens). Pass {PROMPT_MASK_KEY}, a boolean tensor of that shape, or use "
                 "context='running', which needs no prompt."
             )
-        mask = self.mask.to(z.device)
+        mask = mask.to(z.device)
         return z.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -117,12 +129,11 @@ class PromptHook:
         mask = kwargs.pop(PROMPT_MASK_KEY, None)
         if PROMPT_KEY in kwargs or not self.is_needed():  # marked already by a model around this one
             return args, kwargs
-        names = inspect.signature(module.forward).parameters if args else ()
-        inputs = {**dict(zip(names, args)), **kwargs}
-        cache = inputs.get("past_key_values")
-        if isinstance(cache, Cache) and cache.get_seq_length() > 0:
-            return args, kwargs  # every layer finds its context in its slot
-        mask = self._mask(module, inputs) if mask is None else mask.bool()
+        if mask is None:
+            names = inspect.signature(module.forward).parameters if args else ()
+            mask = functools.partial(self._mask, module, {**dict(zip(names, args)), **kwargs})
+        else:
+            mask = mask.bool()
         return args, {**kwargs, PROMPT_KEY: Prompt(mask)}
 
     @contextmanager
@@ -212,6 +223,11 @@ def _slot_class(base: type) -> type:
         def reset(self) -> None:
             super().reset()
             self.eas_contexts = {}
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            super().crop(*args, **kwargs)
+            if int(self.get_seq_length()) == 0:
+                self.eas_contexts = {}
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
             super().reorder_cache(beam_idx)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
 class NoUpdate:
@@ -101,21 +101,33 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
         return
     cache = getattr(cache, "self_attention_cache", cache)
     slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if isinstance(slot, EmptyLayer) and slot.is_initialized:
-        slot.grow(hidden_states.shape[1])
-        return
-    if slot is not None and slot.is_initialized and slot.keys.dim() == 4 and slot.keys.shape[1] > 0:
-        raise ValueError(
-            f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by another "
-            "model, with another skip set, or by early_initialization(). Start with a new cache."
-        )
-    nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], 0)
-    cache.update(nothing, nothing, layer_idx)
-    if type(cache.layers[layer_idx]) is DynamicLayer:  # the others count their tokens
+    batch, num_tokens = hidden_states.shape[:2]
+    if slot is not None and slot.is_initialized and slot.keys.dim() == 4:
+        if slot.keys.shape[1] > 0:
+            raise ValueError(
+                f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by "
+                "another model, with another skip set, or by early_initialization(). Start with a new cache."
+            )
+        if isinstance(slot, EmptyLayer):
+            slot.grow(num_tokens)
+            return
+        if isinstance(slot, StaticLayer) and not slot.is_sliding:
+            slot.cumulative_length.add_(num_tokens)  # all that an update would do but for copying nothing
+            return
+    nothing = hidden_states.new_empty((batch, 0, num_tokens, 0))
+    if type(slot) is DynamicLayer or (slot is None and _next_slot_is_dynamic(cache, layer_idx)):
         empty = EmptyLayer()
-        empty.lazy_initialization(nothing, nothing)
+        empty.dtype, empty.device = nothing.dtype, nothing.device
         empty.keys = empty.values = nothing
-        cache.layers[layer_idx] = empty
+        empty.is_initialized = True
+        cache.layers[layer_idx : layer_idx + 1] = [empty]
+    else:
+        cache.update(nothing, nothing, layer_idx)
+
+
+def _next_slot_is_dynamic(cache: Cache, layer_idx: int) -> bool:
+    """Whether the cache would append a growing slot for the layer, as it does when it was made without a config."""
+    return layer_idx == len(cache.layers) and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer
 
 
 class SkippedMHA(nn.Module):

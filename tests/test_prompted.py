@@ -9,6 +9,7 @@ from conftest import ALL, DECODERS, SKIPS, add_eas, build_model, difference, log
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_merge import auto_class, load_strictly
+from transformers import StaticCache
 
 from peft_eas import EASConfig
 
@@ -245,6 +246,37 @@ def test_a_cache_of_another_model(device):
         cache = static(**inputs, use_cache=True).past_key_values
         with pytest.raises(ValueError, match=r"holds 12 tokens of layer 0.*filled by another model.*new cache"):
             prompted(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("attention_r", [0, 4])
+def test_a_cache_that_is_cropped_to_nothing_serves_another_prompt(attention_r, device):
+    merged = make_eas("llama", device, SKIPS["half"], attention_r=attention_r).merge_and_unload(context="prompt")
+    first, second = (make_inputs("llama", device, seed=seed) for seed in (3, 4))
+    with torch.no_grad():
+        cache = merged(**first, use_cache=True).past_key_values
+        cache.crop(-12)
+        actual = merged(**second, use_cache=True, past_key_values=cache).logits
+    assert difference(actual, logits(merged, second)) <= 1e-6
+
+
+def test_decoding_with_a_static_cache_compiles_once(device):
+    """However long the cache has become: the prompt's part is found by its presence, not by a length."""
+    merged = make_eas("llama", device, SKIPS["half"]).merge_and_unload(context="prompt")
+    inputs = make_inputs("llama", device)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(merged, backend=count)
+    cache = StaticCache(config=merged.config, max_cache_len=32)
+    with torch.no_grad():
+        merged(**inputs, past_key_values=cache, use_cache=True)
+        for step in range(4):
+            token = torch.full((2, 1), 5 + step, device=device)
+            compiled(input_ids=token, past_key_values=cache, use_cache=True)
+    assert len(graphs) == 1
 
 
 def test_chunked_prefill_is_refused(device):
