@@ -3,10 +3,9 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .checks import (
@@ -20,16 +19,14 @@ from .checks import (
 )
 from .config import EASConfig
 from .layer import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer
-from .merged import turn_into_merged
+from .merging import MergingTuner
 from .prompt import PromptHook
-from .provenance import origin
-from .record import check_finite, record_of_fold, record_with_adapters
 
 # Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
 _TASKS_WITHOUT_ANSWER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
-class EASModel(BaseTuner):
+class EASModel(MergingTuner):
     """A model with EAS adapters (arXiv 2403.15226). Made by `get_peft_model(model, EASConfig(...))`.
 
     Beside PEFT's own methods: `candidates`, `skipped_modules`, `set_skipped_modules`, `fix_skipped_modules`,
@@ -160,12 +157,6 @@ class EASModel(BaseTuner):
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def _layers(self) -> Iterator[EASLayer]:
-        return (module for module in self.model.modules() if isinstance(module, EASLayer))
-
-    def _adapted_layers(self) -> Iterator[AdaptedLayer]:
-        return (layer for layer in self._layers() if isinstance(layer, AdaptedLayer))
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT enters this around `forward` and `generate`, and then drops `adapter_names`.
@@ -289,126 +280,6 @@ class EASModel(BaseTuner):
         config.num_skip = len(config.skipped_modules)
         for layer in self._adapted_layers():
             layer.drop_unused_adapter(self._active_name)
-
-    # --- merging ---------------------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds the active adapter into the weights in place; `unmerge_adapter` takes it out again.
-
-        Raises:
-            TypeError, ValueError: as `merge_and_unload`.
-        """
-        self._check_in_place()
-        name = self._name_to_merge(adapter_names)
-        if name != self._active_name:
-            raise ValueError(
-                f"merge_adapter folds the active adapter, which is {self._active_name!r}, not {name!r}. Call "
-                f"set_adapter({name!r}) first, or merge_and_unload(adapter_names=[{name!r}])."
-            )
-        if any(layer.merged for layer in self._layers()):
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-            return
-        self._check_merge(name, safe_merge, warn=True)
-        super().merge_adapter(adapter_names=[name])
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        context: Literal["running", "prompt"] | None = None,
-    ) -> nn.Module:
-        """Deletes the skipped MHAs, and folds the adapters into the weights in place.
-
-        Args:
-            safe_merge: whether to look for NaN and infinity first. adapter_names: the one adapter to merge, by default
-                the active one.
-            context: "running", the default: the adapters are folded with their running context, exact for an adapter
-                whose context is frozen. "prompt": the adapters of an adapter with context="prompt" stay in front of
-                the projections, as two thin factors that each prompt decides once; exact for any batch.
-
-        Raises:
-            TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN; for adapter names
-                or a context that do not fit; if everything is merged or unloaded already.
-        """
-        return self._unload_and_optionally_merge(
-            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, context=context
-        )
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        context: str | None = None,
-    ) -> nn.Module:
-        self._check_in_place()
-        record, kept = None, {}
-        if merge:
-            name = self._name_to_merge(adapter_names)
-            self._check_context(name, context)
-            merged = {other for layer in self._layers() for other in layer.merged_adapters}
-            if merged - {name}:
-                raise ValueError(
-                    f"The adapter {name!r} cannot be merged into weights that {sorted(merged)} is merged into. Call "
-                    "unmerge_adapter() first."
-                )
-            facts = origin(self, name)
-            if context == "prompt":
-                record, kept = record_with_adapters(self.model, self._adapted_layers(), name, self.answer_in_input())
-                if safe_merge:
-                    check_finite(kept)
-                for layer in self._adapted_layers():
-                    layer.unmerge()
-                    if name in layer.adapters:
-                        del layer.adapters[name]  # so that there is nothing to fold
-            else:
-                self._check_merge(name, safe_merge, warn=context is None)
-                record = record_of_fold(self.model, self._adapted_layers(), name)
-            record["origin"] = facts
-            adapter_names = [name]
-        model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
-        self._prompt_hook.remove()
-        if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):
-            turn_into_merged(model, record, kept)
-        return model
-
-    def _check_context(self, name: str, context: str | None) -> None:
-        if context not in (None, "running", "prompt"):
-            raise ValueError(f"context={context!r} was received. Merge with context='running' or context='prompt'.")
-        if context == "prompt" and self.peft_config[name].context == "running":
-            raise ValueError(
-                f"The adapter {name!r} has a frozen context (context='running'), so there is nothing for a prompt to "
-                "decide. Merge it with merge_and_unload() alone, which is exact."
-            )
-
-    def _check_in_place(self) -> None:
-        if not any(self._layers()):
-            raise ValueError(
-                "This model's adapters are merged or unloaded already. Use the model that the first call returned."
-            )
-
-    def _name_to_merge(self, adapter_names: list[str] | None) -> str:
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        if len(names) != 1 or names[0] not in self.peft_config:
-            raise ValueError(
-                f"EAS merges one adapter, but adapter_names={names} was received. Adapters: {list(self.peft_config)}."
-            )
-        return names[0]
-
-    def _check_merge(self, name: str, finite: bool, warn: bool) -> None:
-        if warn and self.peft_config[name].context == "prompt":
-            warnings.warn(
-                f"The EAS adapter {name!r} takes its context from each prompt (context='prompt'). Merging folds the "
-                "running mean of the prompts in its place, so the merged model's outputs differ from this one's. Call "
-                "freeze_context() before the last part of training (EASCallback does) for a merge that is exact, or "
-                "merge_and_unload(context='prompt') for a model that keeps each prompt's own context.",
-                stacklevel=2,
-            )
-        for layer in self._adapted_layers():
-            if not layer.merged and name in layer.candidate.configs:
-                layer.check_fold(name, finite)
 
 
 def _layer_idx(mha: nn.Module) -> int | None:

@@ -514,7 +514,7 @@ def test_gguf_is_needed_for_to_gguf_only(tokenizer, tmp_path, monkeypatch):
     code = "import sys, peft_eas, peft_eas.export; sys.exit('gguf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     find = importlib.util.find_spec
-    monkeypatch.setattr("peft_eas.export_gguf.find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setattr("peft_eas.export.gguf_file.find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(ImportError, match=r"pip install peft_eas\[gguf\]"):
         to_gguf(build(), tokenizer, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())

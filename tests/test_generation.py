@@ -18,6 +18,7 @@ from conftest import (
     make_eas,
     make_inputs,
     mha_names,
+    needs_sound_caches,
 )
 from peft import get_peft_model
 from torch import nn
@@ -281,6 +282,7 @@ def test_cache_given_by_the_user(family, skip, mode, kind, models, device):
 WIDTHS = {"llama": 16, "mistral": 16, "qwen2": 16, "qwen3": 16, "gemma2": 16, "gemma3": 16, "gpt2": 32}
 
 
+@needs_sound_caches
 @pytest.mark.parametrize("kind", ["DynamicCache()", "DynamicCache(config)", "StaticCache"])
 @pytest.mark.parametrize("skip", SOME_SKIPS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -449,6 +451,7 @@ def test_prompt_lookup(family, skip, mode, models, device):
     assert difference(torch.stack(actual.logits), torch.stack(expected.logits)) <= TOLERANCE
 
 
+@needs_sound_caches
 @every_model
 def test_assistant_model(family, skip, mode, models, device):
     """An assistant that is often wrong, so that candidates are rejected and the cache is cropped."""
@@ -460,6 +463,7 @@ def test_assistant_model(family, skip, mode, models, device):
     assert difference(torch.stack(actual.logits), torch.stack(expected.logits)) <= TOLERANCE
 
 
+@needs_sound_caches
 @pytest.mark.parametrize("skip", SOME_SKIPS)
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_merged_model_assists_its_base(family, skip, models, device):
@@ -470,6 +474,7 @@ def test_a_merged_model_assists_its_base(family, skip, models, device):
     assert torch.equal(actual.sequences, expected.sequences)
 
 
+@needs_sound_caches
 @every_family
 def test_the_model_is_its_own_assistant(family, mode, models, device):
     """Every candidate is right, so that as few passes as possible are made."""

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SKIPS, build_model, difference, logits, make_eas, make_inputs, mha_names
+from conftest import SKIPS, build_model, difference, logits, make_eas, make_inputs, mha_names, needs_sound_caches
 from peft import get_peft_model
 from torch import nn
 from transformers import DynamicCache
@@ -76,6 +76,7 @@ def test_under_a_compiler_it_is_zeros(x):
     assert torch.equal(compiled(x), x)
 
 
+@needs_sound_caches
 def test_the_slot_counts_and_holds_no_byte(x):
     cache = DynamicCache()
     for expected in (3, 6):

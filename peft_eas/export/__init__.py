@@ -18,7 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import configuration_decilm, export_gguf
+from . import configuration_decilm, gguf_file
 from .exportable import ATTENTION, MLP, QKV, Exportable, head_dim, is_path, take_apart
 from .vocabulary import read_vocabulary
 
@@ -106,9 +106,9 @@ def to_gguf(
             split text into other tokens than `tokenizer` (the message says which). Nothing is written then.
     """
     path = Path(path)
-    export_gguf.check_installed()
-    if dtype not in (None, *export_gguf.DTYPES):
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, export_gguf.DTYPES))}. Choose one.")
+    gguf_file.check_installed()
+    if dtype not in (None, *gguf_file.DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, gguf_file.DTYPES))}. Choose one.")
     if path.is_dir():
         raise ValueError(f"The export to {path} needs the name of a file, but this is a folder. Add a file name.")
     parts = take_apart(model)
@@ -120,7 +120,7 @@ def to_gguf(
         tokenizer = AutoTokenizer.from_pretrained(model)
     vocabulary = read_vocabulary(tokenizer, parts)
     with _temporary_beside(path) as temporary:
-        export_gguf.write(temporary, parts, vocabulary, dtype or export_gguf.own_dtype(parts))
+        gguf_file.write(temporary, parts, vocabulary, dtype or gguf_file.own_dtype(parts))
         temporary.replace(path)
     return path
 

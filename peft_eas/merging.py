@@ -1,0 +1,220 @@
+"""Merging: what `EASModel` folds, in place and for good, and how a merged model's config records it.
+
+See `merged.apply_record` for what the record does to a model that is loaded.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .adapter import RoutedAdapter
+from .layer import AdaptedLayer, EASLayer, MHALayer
+from .merged import FORMAT, relative_name, turn_into_merged
+from .provenance import origin
+
+
+class MergingTuner(BaseTuner):
+    """The part of `EASModel` that merges adapters and unloads them."""
+
+    def _layers(self) -> Iterator[EASLayer]:
+        return (module for module in self.model.modules() if isinstance(module, EASLayer))
+
+    def _adapted_layers(self) -> Iterator[AdaptedLayer]:
+        return (layer for layer in self._layers() if isinstance(layer, AdaptedLayer))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds the active adapter into the weights in place; `unmerge_adapter` takes it out again.
+
+        Raises:
+            TypeError, ValueError: as `merge_and_unload`.
+        """
+        self._check_in_place()
+        name = self._name_to_merge(adapter_names)
+        if name != self._active_name:
+            raise ValueError(
+                f"merge_adapter folds the active adapter, which is {self._active_name!r}, not {name!r}. Call "
+                f"set_adapter({name!r}) first, or merge_and_unload(adapter_names=[{name!r}])."
+            )
+        if any(layer.merged for layer in self._layers()):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return
+        self._check_merge(name, safe_merge, warn=True)
+        super().merge_adapter(adapter_names=[name])
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        context: Literal["running", "prompt"] | None = None,
+    ) -> nn.Module:
+        """Deletes the skipped MHAs, and folds the adapters into the weights in place.
+
+        Args:
+            safe_merge: whether to look for NaN and infinity first. adapter_names: the one adapter to merge, by default
+                the active one.
+            context: "running", the default: the adapters are folded with their running context, exact for an adapter
+                whose context is frozen. "prompt": the adapters of an adapter with context="prompt" stay in front of
+                the projections, as two thin factors that each prompt decides once; exact for any batch.
+
+        Raises:
+            TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN; for adapter names
+                or a context that do not fit; if everything is merged or unloaded already.
+        """
+        return self._unload_and_optionally_merge(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, context=context
+        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        context: str | None = None,
+    ) -> nn.Module:
+        self._check_in_place()
+        record, kept = None, {}
+        if merge:
+            name = self._name_to_merge(adapter_names)
+            self._check_context(name, context)
+            merged = {other for layer in self._layers() for other in layer.merged_adapters}
+            if merged - {name}:
+                raise ValueError(
+                    f"The adapter {name!r} cannot be merged into weights that {sorted(merged)} is merged into. Call "
+                    "unmerge_adapter() first."
+                )
+            facts = origin(self, name)
+            if context == "prompt":
+                record, kept = record_with_adapters(self.model, self._adapted_layers(), name, self.answer_in_input())
+                if safe_merge:
+                    check_finite(kept)
+                for layer in self._adapted_layers():
+                    layer.unmerge()
+                    if name in layer.adapters:
+                        del layer.adapters[name]  # so that there is nothing to fold
+            else:
+                self._check_merge(name, safe_merge, warn=context is None)
+                record = record_of_fold(self.model, self._adapted_layers(), name)
+            record["origin"] = facts
+            adapter_names = [name]
+        model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        self._prompt_hook.remove()
+        if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):
+            turn_into_merged(model, record, kept)
+        return model
+
+    def _check_context(self, name: str, context: str | None) -> None:
+        if context not in (None, "running", "prompt"):
+            raise ValueError(f"context={context!r} was received. Merge with context='running' or context='prompt'.")
+        if context == "prompt" and self.peft_config[name].context == "running":
+            raise ValueError(
+                f"The adapter {name!r} has a frozen context (context='running'), so there is nothing for a prompt to "
+                "decide. Merge it with merge_and_unload() alone, which is exact."
+            )
+
+    def _check_in_place(self) -> None:
+        if not any(self._layers()):
+            raise ValueError(
+                "This model's adapters are merged or unloaded already. Use the model that the first call returned."
+            )
+
+    def _name_to_merge(self, adapter_names: list[str] | None) -> str:
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        if len(names) != 1 or names[0] not in self.peft_config:
+            raise ValueError(
+                f"EAS merges one adapter, but adapter_names={names} was received. Adapters: {list(self.peft_config)}."
+            )
+        return names[0]
+
+    def _check_merge(self, name: str, finite: bool, warn: bool) -> None:
+        if warn and self.peft_config[name].context == "prompt":
+            warnings.warn(
+                f"The EAS adapter {name!r} takes its context from each prompt (context='prompt'). Merging folds the "
+                "running mean of the prompts in its place, so the merged model's outputs differ from this one's. Call "
+                "freeze_context() before the last part of training (EASCallback does) for a merge that is exact, or "
+                "merge_and_unload(context='prompt') for a model that keeps each prompt's own context.",
+                stacklevel=2,
+            )
+        for layer in self._adapted_layers():
+            if not layer.merged and name in layer.candidate.configs:
+                layer.check_fold(name, finite)
+
+
+def record_of_fold(model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str) -> dict[str, Any]:
+    """The record of a merge that folds the adapter `adapter_name` with its running context."""
+    record: dict[str, Any] = {"format": FORMAT, "context": "running", "skipped": {}, "biases": []}
+    for layer in layers:
+        _record_skipped(record, model, layer, adapter_name)
+        if layer.used_adapter(adapter_name) is not None:
+            for path, projection in layer.projections.items():
+                folded = layer.fold_records.get(path)
+                had_bias = folded.had_bias if folded else projection.bias is not None
+                if not had_bias:
+                    record["biases"].append(relative_name(model, f"{layer.candidate.block}.{path}"))
+    return record
+
+
+def record_with_adapters(
+    model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str, answer_in_input: bool
+) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
+    """The record of a merge that keeps the adapters for each prompt's own context, and these, by module name."""
+    record: dict[str, Any] = {
+        **{"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}},
+        "answer_in_input": answer_in_input,
+    }
+    kept = {}
+    for layer in layers:
+        _record_skipped(record, model, layer, adapter_name)
+        adapter = layer.used_adapter(adapter_name)
+        if adapter is None:
+            continue
+        candidate, row = layer.candidate, layer.candidate.architecture
+        path = (row.core or row.mha) if isinstance(layer, MHALayer) else row.ffn
+        name = relative_name(model, f"{candidate.block}.{path}")
+        weight = next(iter(layer.projections.values())).weight
+        kept[name] = adapter.to(weight.device, weight.dtype)
+        record["adapters"][name] = {
+            "skipped_mha": None if isinstance(layer, MHALayer) else relative_name(model, candidate.name),
+            "child": row.ffn,
+            "layer_idx": candidate.layer_idx,
+            "of_text": row.kind != "vision",
+            "shape": {
+                "d": adapter.token_down.in_features,
+                "r": adapter.token_down.out_features,
+                "groups": adapter.up[0].groups,
+                "scale": adapter.scale,
+                "router_temperature": adapter.router_temperature,
+            },
+        }
+    return record, kept
+
+
+def _record_skipped(record: dict[str, Any], model: nn.Module, layer: AdaptedLayer, adapter_name: str) -> None:
+    """Enters the MHA of `layer` into `record` if the adapter skips it."""
+    candidate, row = layer.candidate, layer.candidate.architecture
+    if not isinstance(layer, MHALayer) or adapter_name not in candidate.skipped_by:
+        return
+    children = {name for name, _ in model.get_submodule(candidate.block).named_children()}
+    record["skipped"][relative_name(model, candidate.name)] = {
+        "layer_idx": candidate.layer_idx,
+        "marker": next(path for path, _ in layer.base_layer.named_parameters()),
+        "norms": [relative_name(model, f"{candidate.block}.{norm}") for norm in row.deleted_norms],
+        "block": relative_name(model, candidate.block),
+        "branch": list(row.branch) if row.branch and children <= {row.mha, *row.deleted_norms, *row.branch} else None,
+        "kept_norm": row.kept_norm and row.kept_norm.removeprefix(f"{row.mha}."),
+    }
+
+
+def check_finite(adapters: dict[str, RoutedAdapter]) -> None:
+    """Raises a ValueError if a weight of an adapter is NaN or infinite."""
+    for name, adapter in adapters.items():
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in adapter.parameters()):
+            raise ValueError(
+                f"The EAS adapter of {name} holds NaN or infinity. Nothing was changed. Train again with a lower "
+                "learning rate, or load an earlier checkpoint."
+            )
