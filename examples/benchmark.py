@@ -6,7 +6,7 @@
     python examples/benchmark.py --model NAME_OR_PATH --compile --fold
 
 For every number of skipped attentions, and every setting "batch x prompt tokens", one process runs all variants in
-turns: a round runs each of them once, in an order that rotates, and a ratio is the median over the rounds of base time
+turns: a round runs each of them once, in a random order, and a ratio is the median over the rounds of base time
 / variant time of the same round. A run is a prefill and then greedy decoding behind it by direct calls of the model
 with a KV cache (`generate()` adds the same to all); the decoding time leaves the prefill out. All variants share the
 base's weights in memory (see variants.py), so memory is given as each variant's own weights plus what one run takes
@@ -20,6 +20,7 @@ import argparse
 import gc
 import json
 import platform
+import random
 import shutil
 import tempfile
 import time
@@ -187,8 +188,7 @@ def measure_setting(
     times: dict[str, dict[str, list[float]]] = {task: {name: [] for name in names} for task in TASKS}
     failed: dict[str, str] = {}
     for number in range(options.rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.sample(names, len(names)):
             bar.update()
             if name in failed:
                 continue
@@ -337,6 +337,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.manual_seed(0)
+    random.seed(0)
     base = load_base(options.model, options.shape, options.dtype, options.device)
     num_attentions = len(default_targets(base))
     skips = options.num_skip or sorted({round(num_attentions * share) for share in (1 / 6, 1 / 3, 1 / 2)})

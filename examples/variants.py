@@ -188,11 +188,8 @@ class AttentionFreeBlock(nn.Module):
 
     def __init__(self, block: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
-        norms = (
-            "pre_feedforward_layernorm",
-            "ln_2",
-            "post_attention_layernorm",
-        )  # of Gemma, GPT-2, Llama and its like
+        # Of Gemma, of GPT-2, of Llama and its like.
+        norms = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")
         self.norm = next(getattr(block, name) for name in norms if hasattr(block, name))
         has_norm_behind = hasattr(block, "post_feedforward_layernorm")
         self.ffn = nn.Sequential(ffn, block.post_feedforward_layernorm) if has_norm_behind else ffn
@@ -225,8 +222,12 @@ def take_attention_out(model: PreTrainedModel, skipped: list[str]) -> None:
 
 
 def limit(recipe: Recipe) -> PreTrainedModel:
-    """What no method can beat: the architecture written without the attentions, with the base's weights."""
+    """What no method can beat: the architecture written without the attentions, with the base's weights.
+
+    It owns what a merged model owns, so that neither finds more weights in the processor's cache than the other.
+    """
     model = share(recipe.base)
+    own(model, _projections(recipe.base, recipe.skipped, recipe.attention_r))
     model.config.attention_free = recipe.skipped
     take_attention_out(model, recipe.skipped)
     model.__class__ = _limit_class(type(model))
