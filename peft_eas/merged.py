@@ -10,6 +10,7 @@ This module and those it imports need nothing but torch and transformers. Put to
 every merged checkpoint, which so loads without the package.
 """
 
+import hashlib
 import importlib
 import json
 from collections.abc import Iterator
@@ -49,13 +50,8 @@ def apply_record(
     by module name, or new ones for a checkpoint's weights.
 
     Raises:
-        ValueError: if the model has no module of a recorded name; for a record of another format.
+        ValueError: if the model has no module of a recorded name.
     """
-    if record.get("format") != FORMAT:
-        raise ValueError(
-            f"The record `eas` in the checkpoint's config has format {record.get('format')!r}, but this code reads "
-            f"format {FORMAT}. Run `pip install --upgrade peft_eas`, `import peft_eas`, and load it in a new process."
-        )
     for name, entry in record["skipped"].items():
         mha = _find(model, name)
         if isinstance(mha, SkippedMHA):  # by the body, which is a merged model itself
@@ -157,10 +153,31 @@ class MergedConfigMixin:
                 f"A config of type {cls.model_type} needs the record `eas` of what was deleted, but it is missing. "
                 "Take config.json as merge_and_unload() and save_pretrained() wrote it."
             )
+        _check_record(config_dict["eas"])
         return super().from_dict(_unlock(config_dict), **kwargs)
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
         return json.dumps(_lock(json.loads(super().to_json_string(*args, **kwargs))), indent=2, sort_keys=True) + "\n"
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"The record `eas` in the checkpoint's config has format {record.get('format')!r}, but this code reads "
+            f"format {FORMAT}. Run `pip install --upgrade peft_eas`, `import peft_eas`, and load it in a new process."
+        )
+    if record.get("checksum") != checksum(record):
+        raise ValueError(
+            "The record `eas` in config.json, of what EAS has changed in the model, is not as it was saved: the "
+            "weights beside it would be put to a use that they were not trained for. Restore config.json. To skip "
+            "other attentions, merge the adapter again."
+        )
+
+
+def checksum(record: dict[str, Any]) -> str:
+    """Checksum of what a record says about the model's function."""
+    counted = {key: value for key, value in record.items() if key not in ("checksum", "origin", "speed")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _lock(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +281,7 @@ def turn_into_merged(
             module._weight_conversions = []
     model.config.__class__ = config_class
     model.config.__dict__.pop("model_type", None)  # which a config that was read from a file has of its own
-    model.config.eas = record
+    model.config.eas = {**record, "checksum": checksum(record)}
     model.config._name_or_path = ""
     model.__class__ = merged_model_class(type(model))
     return model

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_eas import EASConfig
 from peft_eas.checkpoint import CODE_FILE, CODE_PARTS, code_text
+from peft_eas.merged import checksum
 
 CONTEXTS = ["running", "prompt"]
 ADVICE = r"Copy or download .* again, with config.json as it was saved"
@@ -291,10 +292,45 @@ def test_another_layer_in_the_config(name, context, copied):
     first, second = good["eas"]["skipped"].items()
     moved = (first[0].replace("0", "1", 1), first[1])
     for skipped in (dict([first, second, moved]), dict([first]), dict([moved, second]), {}):
-        config = {**good, "eas": {**good["eas"], "skipped": skipped}}
+        record = {**good["eas"], "skipped": skipped}
+        # The weights do not fit, even if the record fits its checksum.
+        sealed = {**record, "checksum": checksum(record)}
+        for eas, message in (
+            (record, r"record `eas` in config.json.*is not as it was saved.*Restore config.json"),
+            (sealed, rf"shapes that its config asks for.*{ADVICE}|leave `eas` as it is"),
+        ):
+            (folder / "config.json").write_text(json.dumps({**good, "eas": eas}))
+            with pytest.raises(ValueError, match=message):
+                auto.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_any_other_change_of_the_record(context, copied):
+    """Some of these would load without a misfit, and compute something else."""
+    folder, auto = copied("llama", context)
+    good = json.loads((folder / "config.json").read_text())
+    paths = list(_paths(good["eas"]))
+    assert len(paths) > 20
+    for path in paths:
+        config = json.loads(json.dumps(good))
+        place = config["eas"]
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = "other" if place[path[-1]] != "other" else None
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=rf"shapes that its config asks for.*{ADVICE}|leave `eas` as it is"):
+        with pytest.raises(ValueError, match=r"record `eas`"):
             auto.from_pretrained(folder)
+
+
+def _paths(tree):
+    """Paths to all values of a record, but for those that only tell where it comes from."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if key == "origin":
+            continue
+        if isinstance(value, (dict, list)):
+            yield from ((key, *path) for path in _paths(value))
+        else:
+            yield (key,)
 
 
 def test_a_record_of_another_format(copied):

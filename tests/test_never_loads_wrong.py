@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_merge import auto_class, load_strictly
 
 from peft_eas import EASConfig
+from peft_eas.merged import checksum
 
 SAYS_WHAT_TO_DO = r"EAS checkpoint.*random weights.*pip install peft_eas.*import peft_eas.*Auto class"
 # Per family: stock classes that could take the checkpoint, with a head, without, and with another head.
@@ -149,7 +150,8 @@ def test_a_record_that_does_not_fit(family, checkpoints, tmp_path):
         (lambda eas: {**eas, "skipped": {"layers.77": next(iter(eas["skipped"].values()))}}, r"layers\.77.*no such"),
         (lambda eas: {**eas, "biases": [*eas["biases"], "layers.9.mlp"]}, r"layers\.9\.mlp.*no such"),
     ):
-        config = {**good, "eas": change(good["eas"])}
+        record = change(good["eas"])
+        config = {**good, "eas": record and {**record, "checksum": checksum(record)}}
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(Exception, match=message):
             transformers.AutoModel.from_pretrained(tmp_path)
