@@ -323,8 +323,7 @@ def main() -> None:
         **{task: speed_up(times, "merged") for task, times in seconds.items()},
         conditions=f"{len(items)} questions, {str(merged.dtype).removeprefix('torch.')}",
     )
-    merged.save_pretrained(merged_folder)
-    processor.save_pretrained(merged_folder)
+    merged.save_pretrained(merged_folder, processing_class=processor)
     base.save_pretrained(arguments.output_dir / "base")
     prompt_tokens = batch["input_ids"].numel()
     rows = [["model", "parameters", "MB on disk", "prefill, µs/token", "decode, µs/token", "KV cache, bytes/token"]]

@@ -95,7 +95,8 @@ def _keep_adapter(
     model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, record: dict[str, Any], entry: dict[str, Any]
 ) -> None:
     """Puts `adapter` in front of `module`, an MHA, or the FFN behind a deleted MHA."""
-    module.add_module(ADAPTER_NAME, adapter)
+    weight = next(module.parameters())
+    module.add_module(ADAPTER_NAME, adapter.to(weight.device, weight.dtype))
     prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["of_text"])
     skipped = record["skipped"].get(entry["skipped_mha"])
     if skipped is not None and skipped["branch"] is not None:

@@ -90,7 +90,8 @@ class MergingTuner(BaseTuner):
                 )
             facts = origin(self, name)
             if context == "prompt":
-                record, kept = record_with_adapters(self.model, self._adapted_layers(), name, self.answer_in_input())
+                record, kept = record_with_adapters(self.model, self._adapted_layers(), name)
+                record["answer_in_input"] = self.answer_in_input(name)
                 if safe_merge:
                     check_finite(kept)
                 for layer in self._adapted_layers():
@@ -160,13 +161,10 @@ def record_of_fold(model: nn.Module, layers: Iterable[AdaptedLayer], adapter_nam
 
 
 def record_with_adapters(
-    model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str, answer_in_input: bool
+    model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str
 ) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
     """The record of a merge that keeps the adapters for each prompt's own context, and these, by module name."""
-    record: dict[str, Any] = {
-        **{"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}},
-        "answer_in_input": answer_in_input,
-    }
+    record: dict[str, Any] = {"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}}
     kept = {}
     for layer in layers:
         _record_skipped(record, model, layer, adapter_name)
@@ -176,8 +174,7 @@ def record_with_adapters(
         candidate, row = layer.candidate, layer.candidate.architecture
         path = (row.core or row.mha) if isinstance(layer, MHALayer) else row.ffn
         name = relative_name(model, f"{candidate.block}.{path}")
-        weight = next(iter(layer.projections.values())).weight
-        kept[name] = adapter.to(weight.device, weight.dtype)
+        kept[name] = adapter
         record["adapters"][name] = {
             "skipped_mha": None if isinstance(layer, MHALayer) else relative_name(model, candidate.name),
             "child": row.ffn,

@@ -173,16 +173,19 @@ class EASModel(MergingTuner):
         by_prompt = any(config.context == "prompt" for config in self.peft_config.values())
         return by_prompt and any(layer.needs_prompt for layer in self._adapted_layers())
 
-    def answer_in_input(self) -> bool:
-        """Whether the labels, by the adapter's task and the base's kind, mark an answer among the input's tokens."""
+    def answer_in_input(self, adapter_name: str | None = None) -> bool:
+        """Whether the labels, by the adapter's task and the base's kind, mark an answer among the input's tokens.
+
+        Of the adapter `adapter_name`, by default of the one in force.
+        """
         # BERT and its like can be causal too.
         is_decoder = getattr(getattr(self.model, "config", None), "is_decoder", False)
         kinds = ("decoder", "encoder") if is_decoder else ("decoder",)
-        in_force = ((layer.candidate, layer.adapter_in_force) for layer in self._adapted_layers())
+        in_force = ((layer.candidate, adapter_name or layer.adapter_in_force) for layer in self._adapted_layers())
         return any(
             candidate.architecture.kind in kinds and candidate.configs[name].task_type not in _TASKS_WITHOUT_ANSWER
             for candidate, name in in_force
-            if name is not None
+            if name in candidate.configs
         )
 
     def freeze_context(self) -> None:
