@@ -87,7 +87,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     styles = {  # from the palette of Okabe and Ito, which is told apart with any colour vision
-        "limit": {"color": "black", "linestyle": "--", "linewidth": 1.2},
+        "limit": {"color": "black", "linestyle": "--", "linewidth": 1.2, "marker": "_"},
         "eas-merged": {"color": "#0072B2", "marker": "o", "linewidth": 2.0},
         "eas-merged-prompt": {"color": "#009E73", "marker": "s"},
         "eas-unmerged": {"color": "#E69F00", "marker": "^"},

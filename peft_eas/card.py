@@ -115,7 +115,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
     has_code = (folder / CODE_FILE).exists()
     call = f'model = {auto_class}.from_pretrained("{PLACEHOLDER}"{{}})'
     sections = [
-        f"This is {_base_link(facts)}, fine-tuned by {PAPER} with PEFT and peft_eas: {count} attentions (MHAs) are "
+        f"This is {_base_link(facts)} after fine-tuning by {PAPER} with PEFT and peft_eas: {count} attentions (MHAs) are "
         f"deleted, and the small linear adapters that were trained in their place {fate}. The KV cache holds nothing "
         "for the deleted attentions.",
         _facts_table(
@@ -166,7 +166,9 @@ def _base_name(facts: dict[str, Any]) -> str:
 
 def _base_link(facts: dict[str, Any]) -> str:
     hub_id = facts.get("base_model")
-    return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else _base_name(facts)
+    name = _base_name(facts)
+    # The name of a folder may be any word.
+    return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else name if name.startswith("a ") else f"`{name}`"
 
 
 def _ranks(facts: dict[str, Any]) -> str:
@@ -197,7 +199,7 @@ def _speed(measurements: list[dict[str, Any]] | None) -> list[str]:
          one["conditions"])
         for one in measurements
     ]  # fmt: skip
-    table = _table(("Device", "Prefill", "Decode", "As fast as", "Conditions"), *rows)
+    table = _table(("Device", "Prefill", "Decode", "Compared with", "Conditions"), *rows)
     return ["### Speed", "How many times as fast as what it was compared with:", table]
 
 

@@ -37,7 +37,7 @@ FORMAT = 1
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
-    "Run `pip install peft_eas`, then `import peft_eas` and load it with an Auto class."
+    "Run `pip install peft_eas`, `import peft_eas`, and use an Auto class; or an Auto class with trust_remote_code=True."
 )
 
 

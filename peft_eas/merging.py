@@ -82,6 +82,7 @@ class MergingTuner(BaseTuner):
         if merge:
             name = self._name_to_merge(adapter_names)
             self._check_context(name, context)
+            self._warn_without_search(name)
             merged = {other for layer in self._layers() for other in layer.merged_adapters}
             if merged - {name}:
                 raise ValueError(
@@ -116,6 +117,16 @@ class MergingTuner(BaseTuner):
             raise ValueError(
                 f"The adapter {name!r} has a frozen context (context='running'), so there is nothing for a prompt to "
                 "decide. Merge it with merge_and_unload() alone, which is exact."
+            )
+
+    def _warn_without_search(self, name: str) -> None:
+        config = self.peft_config[name]
+        if config.num_skip and config.skipped_modules is None and not self.skipped_modules:
+            warnings.warn(
+                f"The EAS adapter {name!r} was to skip {config.num_skip} attentions, but none was chosen, so the "
+                "merged model skips none. Train with callbacks=[EASCallback()], or name them with skipped_modules or "
+                "fix_skipped_modules().",
+                stacklevel=4,
             )
 
     def _check_in_place(self) -> None:

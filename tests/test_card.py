@@ -119,7 +119,7 @@ def test_the_hub_takes_them(saved, monkeypatch):
 def test_facts_of_the_adapter(saved):
     facts = rows(saved.card("adapter"))
     file = load_file(saved.folder / "adapter" / "adapter_model.safetensors")
-    assert facts["Base model"] == "base"
+    assert facts["Base model"] == "`base`"
     assert facts["Attentions skipped"] == "2 of 4"
     assert facts["Rank"] == "8 for a skipped attention, 4 for a kept one"
     share = 100 * saved.trainable / saved.all_parameters
@@ -367,7 +367,7 @@ def test_a_second_merge_keeps_the_origin_of_the_first(saved, tmp_path):
     second = add_eas(first, "llama", [1], "running").merge_and_unload()
     second.save_pretrained(tmp_path)
     facts = rows(ModelCard.load(tmp_path / "README.md"))
-    assert facts["Base model"] == "base"
+    assert facts["Base model"] == "`base`"
     assert facts["License of the base"] == "apache-2.0"
     assert facts["Attentions deleted"] == "3 of 4"
     assert "Speed" not in ModelCard.load(tmp_path / "README.md").text

@@ -259,6 +259,13 @@ def test_merging_within_a_search_takes_the_set_in_force(device):
     assert names == {"model.layers.0", "model.layers.3"}
 
 
+def test_a_search_that_never_ran_is_said(device):
+    """The callback was forgotten: all that there is to see otherwise is a model that has not become smaller."""
+    model = get_peft_model(build_model("llama", device), EASConfig(num_skip=2, context="running")).eval()
+    with pytest.warns(UserWarning, match=r"was to skip 2 attentions, but none was chosen.*EASCallback"):
+        model.merge_and_unload()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_choosing_which_adapter_to_merge(family, device):
     inputs = make_inputs(family, device)

@@ -19,7 +19,9 @@ from test_merge import auto_class, load_strictly
 from peft_eas import EASConfig
 from peft_eas.merged import checksum
 
-SAYS_WHAT_TO_DO = r"EAS checkpoint.*random weights.*pip install peft_eas.*import peft_eas.*Auto class"
+SAYS_WHAT_TO_DO = (
+    r"EAS checkpoint.*random weights.*pip install peft_eas.*import peft_eas.*Auto class.*trust_remote_code=True"
+)
 # Per family: stock classes that could take the checkpoint, with a head, without, and with another head.
 STOCK = {
     "llama": ["LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification"],
