@@ -11,6 +11,29 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class Affine(nn.Module):
+    """x → W x + b, W of shape (d_out, d_in), drawn like `nn.Linear`'s.
+
+    It is none, since what looks for linear layers to adapt or to quantise would take this one, whose weights are also
+    read without a call.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        nn.Linear.reset_parameters(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Takes (…, d_in), returns (…, d_out)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
 class GroupedUp(nn.Module):
     """Up-projection r → d in `groups` diagonal blocks: block g of the output reads slice g of the bottleneck.
 
@@ -81,11 +104,11 @@ class RoutedAdapter(nn.Module):
                 )
         self.scale = scale
         self.router_temperature = router_temperature
-        self.token_down = nn.Linear(d, r)
+        self.token_down = Affine(d, r)
         if self.has_context_path:
-            self.context_down = nn.Linear(d, r)
+            self.context_down = Affine(d, r)
         self.up = nn.ModuleList([GroupedUp(r, d, groups), GroupedUp(r, d, groups)])
-        self.router = nn.Linear(d, len(self.up))
+        self.router = Affine(d, len(self.up))
         self.dropout = nn.Dropout(dropout)
         # Statistics in the manner of BatchNorm: the context that takes the prompt's place once it is frozen.
         self.register_buffer("running_context", torch.zeros(d))

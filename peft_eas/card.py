@@ -115,9 +115,9 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
     has_code = (folder / CODE_FILE).exists()
     call = f'model = {auto_class}.from_pretrained("{PLACEHOLDER}"{{}})'
     sections = [
-        f"This is {_base_link(facts)} after fine-tuning by {PAPER} with PEFT and peft_eas: {count} attentions (MHAs) are "
-        f"deleted, and the small linear adapters that were trained in their place {fate}. The KV cache holds nothing "
-        "for the deleted attentions.",
+        f"This is {_base_link(facts)} after fine-tuning by {PAPER} with PEFT and peft_eas: {count} attentions (MHAs) "
+        f"are deleted, and the small linear adapters that were trained in their place {fate}. The KV cache holds "
+        "nothing for the deleted attentions.",
         _facts_table(
             facts,
             task,

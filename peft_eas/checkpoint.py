@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
@@ -82,6 +83,13 @@ class CheckpointMixin:
                 "The checkpoint's weights do not have the shapes that its config asks for, in it the record `eas` of "
                 f"the skipped attentions. {advice}"
             ) from error
+        name = (model.config.architectures or [None])[0]
+        strange = [key for key in info["unexpected_keys"] if f".{ADAPTER_NAME}." in key or name == cls.__name__]
+        if strange:
+            raise ValueError(
+                f"The checkpoint has {len(strange)} weights that its config tells nothing of, such as "
+                f"{sorted(strange)[0]}: they belong to another model. {advice}"
+            )
         lost = sorted(set(info["missing_keys"]) & _saved_keys(model))
         if lost:
             raise ValueError(
@@ -167,7 +175,7 @@ class CheckpointMixin:
 def _saved_keys(model: PreTrainedModel) -> set[str]:
     """Names, as in `model`, of the weights of the class that the checkpoint of `model` was saved from."""
     name = (model.config.architectures or [type(model).__name__])[0]
-    if name == type(model).__name__:
+    if name == type(model).__name__ or not hasattr(transformers, name.removeprefix("EAS")):
         return set(model.state_dict())
     with torch.device("meta"):
         saved = model._class_named(name)(model.config)

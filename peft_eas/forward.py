@@ -12,6 +12,7 @@ Needs nothing but torch and transformers: it is a part of the file that a merged
 """
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -41,23 +42,27 @@ class PromptedAdapter:
         self.layer_idx = layer_idx
         self.of_text = of_text
         self.keys = tuple((type(adapter).__name__, part) for part in ("left", "shift"))
-        self._new: tuple[torch.Tensor, ...] | None = None
 
-    def __call__(self, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, counted: int = 0) -> torch.Tensor:
-        """What the projections read instead of z, (B, T, d), of which the slot has counted `counted` tokens already.
+    def __call__(
+        self, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, counted: int = 0
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Takes z, (B, T, d), of which the cache's slot has counted `counted` tokens already.
+
+        Returns what the projections read instead of z, and what a new prompt has decided, to `keep`, or None.
 
         Raises:
             ValueError: if the cache was filled by another model.
         """
         # Whether the slot holds what the prompt has decided tells more than its length, a tensor in a static cache.
         left, shift = (read_context(cache, self.layer_idx, key) for key in self.keys)
+        new = None
         if left is None:
             self._check_is_new(cache, counted)
             context = (prompt or Prompt(None)).mean(z) if self.of_text else z.float().mean(1)
             left, shift = self.adapter.affine_map(context)
             left, shift = left.transpose(1, 2).to(z.dtype).contiguous(), shift[:, None].to(z.dtype)
-            self._new = left, shift
-        return torch.baddbmm(z + shift, F.linear(z, self.adapter.token_down.weight), left)
+            new = left, shift
+        return torch.baddbmm(z + shift, F.linear(z, self.adapter.token_down.weight), left), new
 
     def _check_is_new(self, cache: Cache | None, counted: int) -> None:
         seen = 0 if torch.compiler.is_compiling() else cached_length(cache, self.layer_idx) - counted
@@ -67,28 +72,36 @@ class PromptedAdapter:
                 "adapter: it was filled by another model. Start with a new cache."
             )
 
-    def keep(self, cache: Cache | None) -> None:
+    def keep(self, new: tuple[torch.Tensor, ...] | None, cache: Cache | None) -> None:
         """Writes what a new prompt has decided into the layer's slot of `cache`, once there is one."""
-        if self._new is not None and cache is not None and self.layer_idx is not None:
-            for key, value in zip(self.keys, self._new):
+        if new is not None and cache is not None and self.layer_idx is not None:
+            for key, value in zip(self.keys, new):
                 write_context(cache, self.layer_idx, key, value)
-        self._new = None
 
 
 class Carrier:
     """Pre-hook on a deleted MHA: takes the prompt and the cache from there to the FFN, which is given neither."""
 
-    prompt: Prompt | None = None
-    cache: Cache | None = None
+    def __init__(self) -> None:
+        self._carried: dict[int, tuple[Prompt | None, Cache | None]] = {}  # by thread, as servers run several
 
     def __call__(self, mha: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.prompt, self.cache = kwargs.get(PROMPT_KEY), kwargs.get("past_key_values")
+        self._carried[threading.get_ident()] = kwargs.get(PROMPT_KEY), kwargs.get("past_key_values")
 
     def take(self) -> tuple[Prompt | None, Cache | None]:
-        """The prompt and the cache, which are not held any longer."""
-        taken = self.prompt, self.cache
-        self.prompt = self.cache = None
-        return taken
+        """The prompt and the cache, which are not held any longer.
+
+        Raises:
+            RuntimeError: if the MHA was not called before, as by a copy of the FFN alone.
+        """
+        try:
+            return self._carried.pop(threading.get_ident())
+        except KeyError:
+            raise RuntimeError(
+                "An FFN with an adapter that takes each prompt's context was called without the deleted attention in "
+                "front of it. It cannot be copied or called on its own (PEFT's modules_to_save does); leave it out, "
+                "or merge the model with a frozen context."
+            ) from None
 
 
 class AdaptedForward:
@@ -111,10 +124,10 @@ class AdaptedForward:
         counted = 0
         if self.carrier is not None:
             (prompt, cache), counted = self.carrier.take(), z.shape[1]  # the MHA's slot has counted this pass already
-        z = self.prompted(z, prompt, cache, counted)
+        z, new = self.prompted(z, prompt, cache, counted)
         args, kwargs = ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
         output = type(self.module).forward(self.module, *args, **kwargs)
-        self.prompted.keep(cache)
+        self.prompted.keep(new, cache)
         return output
 
 
@@ -144,7 +157,7 @@ class BranchForward:
         for name in self.branch:
             if name in self.prompted:
                 prompted = self.prompted[name]
-                update = prompted(update, kwargs.get(PROMPT_KEY), cache, counted=hidden_states.shape[1])
-                prompted.keep(cache)
+                update, new = prompted(update, kwargs.get(PROMPT_KEY), cache, counted=hidden_states.shape[1])
+                prompted.keep(new, cache)
             update = children[name](update)
         return hidden_states + update

@@ -37,7 +37,8 @@ FORMAT = 1
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
-    "Run `pip install peft_eas`, `import peft_eas`, and use an Auto class; or an Auto class with trust_remote_code=True."
+    "Run `pip install peft_eas`, `import peft_eas`, and use an Auto class; "
+    "or an Auto class with trust_remote_code=True."
 )
 
 
@@ -76,7 +77,9 @@ def apply_record(
         if not hasattr(module, ADAPTER_NAME):
             _keep_adapter(model, module, adapters[name] if adapters else _new_adapter(entry), record, entry)
     if record.get("context") == "prompt":
-        PromptHook(model, is_needed=_yes, answer_in_input=_yes if record["answer_in_input"] else _no)
+        # Under another head than a language model's, labels mark no answer among the tokens.
+        has_answer = record["answer_in_input"] and (model.can_generate() or not hasattr(model, "num_labels"))
+        PromptHook(model, is_needed=_yes, answer_in_input=_yes if has_answer else _no)
 
 
 def _yes() -> bool:
@@ -95,7 +98,9 @@ def _keep_adapter(
     model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, record: dict[str, Any], entry: dict[str, Any]
 ) -> None:
     """Puts `adapter` in front of `module`, an MHA, or the FFN behind a deleted MHA."""
-    weight = next(module.parameters())
+    weight = next(module.parameters(), None)
+    if weight is None:
+        raise ValueError(_misfit(model, "an adapter's module"))
     module.add_module(ADAPTER_NAME, adapter.to(weight.device, weight.dtype))
     prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["of_text"])
     skipped = record["skipped"].get(entry["skipped_mha"])
@@ -154,20 +159,20 @@ class MergedConfigMixin:
                 f"A config of type {cls.model_type} needs the record `eas` of what was deleted, but it is missing. "
                 "Take config.json as merge_and_unload() and save_pretrained() wrote it."
             )
-        _check_record(config_dict["eas"])
+        _check_record(config_dict["eas"], cls.model_type)
         return super().from_dict(_unlock(config_dict), **kwargs)
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
         return json.dumps(_lock(json.loads(super().to_json_string(*args, **kwargs))), indent=2, sort_keys=True) + "\n"
 
 
-def _check_record(record: dict[str, Any]) -> None:
+def _check_record(record: dict[str, Any], model_type: str) -> None:
     if record.get("format") != FORMAT:
         raise ValueError(
             f"The record `eas` in the checkpoint's config has format {record.get('format')!r}, but this code reads "
             f"format {FORMAT}. Run `pip install --upgrade peft_eas`, `import peft_eas`, and load it in a new process."
         )
-    if record.get("checksum") != checksum(record):
+    if record.get("checksum") != checksum(record) or record["family"] != model_type:
         raise ValueError(
             "The record `eas` in config.json, of what EAS has changed in the model, is not as it was saved: the "
             "weights beside it would be put to a use that they were not trained for. Restore config.json. To skip "
@@ -198,6 +203,7 @@ class MergedModelMixin(CheckpointMixin):
     """What every merged model class adds to the stock class: it is built, and then what its record names changes."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        _check_record(config.eas, config.model_type)
         super().__init__(config, *args, **kwargs)
         apply_record(self, config.eas)
 
@@ -282,6 +288,7 @@ def turn_into_merged(
             module._weight_conversions = []
     model.config.__class__ = config_class
     model.config.__dict__.pop("model_type", None)  # which a config that was read from a file has of its own
+    record = {**record, "family": config_class.model_type}
     model.config.eas = {**record, "checksum": checksum(record)}
     model.config._name_or_path = ""
     model.__class__ = merged_model_class(type(model))

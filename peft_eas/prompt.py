@@ -8,6 +8,7 @@ sequence through beam search, reordering, and copies.
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from transformers.cache_utils import Cache
 
 PROMPT_KEY = "eas_prompt"
 PROMPT_MASK_KEY = "eas_prompt_mask"
+# Methods of a model that pack requests into one row (continuous batching).
+_PACKED = ("generate_batch", "init_continuous_batching")
 
 
 class Prompt:
@@ -109,20 +112,33 @@ class PromptHook:
         self.is_needed = is_needed
         self.answer_in_input = answer_in_input
         self.was_used = False
-        self._generation: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        # What generate() was given, by thread, as servers run several.
+        self._generations: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._warned = False
         self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
         if hasattr(model, "generate"):
             model.generate = self._generate
+        for name in _PACKED:
+            if hasattr(model, name):
+                setattr(model, name, functools.partial(self._refuse_packed, name))
 
     def remove(self) -> None:
         """Takes the hook off the model again."""
         self._handle.remove()
-        self.model.__dict__.pop("generate", None)
+        for name in ("generate", *_PACKED):
+            self.model.__dict__.pop(name, None)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.generation(*args, **kwargs):
             return type(self.model).generate(self.model, *args, **kwargs)
+
+    def _refuse_packed(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self.is_needed():
+            raise ValueError(
+                f"{name}() packs several requests into one row, where context='prompt' would give them one context. "
+                "Use generate(), or freeze the context (freeze_context()) before merging or generating."
+            )
+        return getattr(type(self.model), name)(self.model, *args, **kwargs)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self.was_used = True
@@ -156,13 +172,16 @@ class PromptHook:
                 f"prefill_chunk_size={chunk} does not go with context='prompt': the first chunk needs the mean of "
                 "the whole prompt. Leave prefill_chunk_size out, or call freeze_context() first, before a merge."
             )
-        outer, self._generation = self._generation, None
+        thread = threading.get_ident()
+        outer = self._generations.pop(thread, None)
         if isinstance(tokens, torch.Tensor):
-            self._generation = (tokens, kwargs.get("attention_mask"))
+            self._generations[thread] = (tokens, kwargs.get("attention_mask"))
         try:
             yield
         finally:
-            self._generation = outer
+            self._generations.pop(thread, None)
+            if outer is not None:
+                self._generations[thread] = outer
 
     def _mask(self, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
         tokens = next(
@@ -178,9 +197,10 @@ class PromptHook:
                 return mask_from_labels(labels, attended)
             if module.training:
                 self._warn_without_labels()
-        if self._generation is None:
+        generation = self._generations.get(threading.get_ident())
+        if generation is None:
             return attended
-        prompt, given_mask = self._generation
+        prompt, given_mask = generation
         length = prompt.shape[1]
         if num_tokens < length:
             raise ValueError(
@@ -252,7 +272,10 @@ def cached_length(cache: Cache | None, layer_idx: int | None) -> int:
 
 def read_context(cache: Cache | None, layer_idx: int, key: Hashable) -> torch.Tensor | None:
     """What layer `layer_idx` keeps in `cache` under `key` for each sequence, shape (B, …), or None."""
-    slot = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    if cache is None:
+        return None
+    cache = getattr(cache, "self_attention_cache", cache)
+    slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     return getattr(slot, "eas_contexts", {}).get(key)
 
 
@@ -260,7 +283,7 @@ def write_context(cache: Cache | None, layer_idx: int, key: Hashable, context: t
     """Keeps `context`, shape (B, …), in the slot that layer `layer_idx` has in `cache`."""
     if cache is None:
         return
-    slot = cache.layers[layer_idx]
+    slot = getattr(cache, "self_attention_cache", cache).layers[layer_idx]
     if not hasattr(slot, "eas_contexts"):
         slot.__class__ = _slot_class(type(slot))
         slot.eas_contexts = {}

@@ -111,6 +111,11 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
         if isinstance(slot, EmptyLayer):
             slot.grow(num_tokens)
             return
+        if type(slot) is DynamicLayer and slot.keys.shape[-2] > 0:
+            raise ValueError(
+                f"The KV cache's slot of layer {layer_idx}, whose attention is skipped, was made anew from its keys "
+                "and values, and so has lost its length. Copy the cache with copy.deepcopy()."
+            )
         if isinstance(slot, StaticLayer) and not slot.is_sliding:
             slot.cumulative_length.add_(num_tokens)  # all that an update would do but for copying nothing
             return

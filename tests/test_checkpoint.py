@@ -333,6 +333,30 @@ def _paths(tree):
             yield (key,)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_weights_of_another_checkpoint(name, saved, copied):
+    """Merged in another way, with the same attentions gone."""
+    folder, auto = copied(name, "running")
+    shutil.copy(saved(name, "prompt")[0] / "model.safetensors", folder)
+    with pytest.raises(ValueError, match=r"weights that its config tells nothing of.*belong to another model"):
+        auto.from_pretrained(folder)
+
+
+def test_a_record_given_beside_the_folder(copied):
+    folder, auto = copied("llama")
+    record = json.loads((folder / "config.json").read_text())["eas"]
+    with pytest.raises(ValueError, match=r"record `eas`.*is not as it was saved"):
+        auto.from_pretrained(folder, eas={**record, "biases": []})
+
+
+def test_another_family_in_the_config(copied):
+    folder, _ = copied("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "eas_gemma2"}))
+    with pytest.raises(ValueError, match=r"record `eas`.*is not as it was saved"):
+        transformers.AutoModel.from_pretrained(folder)
+
+
 def test_a_record_of_another_format(copied):
     folder, auto = copied("llama")
     config = json.loads((folder / "config.json").read_text())

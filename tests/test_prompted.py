@@ -1,7 +1,9 @@
 """Merged with each prompt's own context: what the unmerged model computes, for any batch and any padding."""
 
 import copy
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import ALL, DECODERS, SKIPS, add_eas, build_model, difference, log
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_merge import auto_class, load_strictly
-from transformers import StaticCache
+from transformers import AutoModelForTokenClassification, StaticCache
 
 from peft_eas import EASConfig
 
@@ -259,6 +261,7 @@ def test_a_cache_that_is_cropped_to_nothing_serves_another_prompt(attention_r, d
     assert difference(actual, logits(merged, second)) <= 1e-6
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its compiler breaks on static caches")
 def test_decoding_with_a_static_cache_compiles_once(device):
     """However long the cache has become: the prompt's part is found by its presence, not by a length."""
     merged = make_eas("llama", device, SKIPS["half"]).merge_and_unload(context="prompt")
@@ -277,6 +280,66 @@ def test_decoding_with_a_static_cache_compiles_once(device):
             token = torch.full((2, 1), 5 + step, device=device)
             compiled(input_ids=token, past_key_values=cache, use_cache=True)
     assert len(graphs) == 1
+
+
+def test_all_linear_layers_of_others_methods_leave_the_adapters_alone(device):
+    merged = make_eas("llama", device, SKIPS["half"]).merge_and_unload(context="prompt")
+    inputs = make_inputs("llama", device)
+    model = get_peft_model(merged, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    assert not any("eas_adapter" in name for name, p in model.named_parameters() if p.requires_grad)
+    expected = logits(model, inputs)
+    assert difference(logits(model.merge_and_unload(), inputs), expected) <= 1e-5
+
+
+def test_several_threads(device):
+    merged = make_eas("bert", device, SKIPS["half"]).merge_and_unload(context="prompt")
+    batches = [make_inputs("bert", device, seed=seed, length=6 + seed) for seed in range(6)]
+    expected = [logits(merged, batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            actual = list(pool.map(lambda i: logits(merged, batches[i % 6]), range(60)))
+    finally:
+        sys.setswitchinterval(interval)
+    for i, value in enumerate(actual):
+        assert difference(value, expected[i % 6]) <= 1e-5
+
+
+def test_continuous_batching_is_refused(device):
+    merged = make_eas("llama", device, SKIPS["half"]).merge_and_unload(context="prompt")
+    if not hasattr(merged, "generate_batch"):
+        pytest.skip("this transformers has none")
+    with pytest.raises(ValueError, match=r"generate_batch\(\) packs several requests.*Use generate\(\)"):
+        merged.generate_batch([[1, 2], [3]])
+
+
+def test_cross_attention_beside(device):
+    """GPT-2 with cross attention: another kind of cache, and blocks that run their own code."""
+    base = build_model("gpt2", device, add_cross_attention=True)
+    config = EASConfig(r=8, attention_r=4, skipped_modules=mha_names("gpt2", [0, 2]), init_weights=False, dropout=0.0)
+    model = get_peft_model(base, config).eval()
+    inputs = make_inputs("gpt2", device)
+    inputs["encoder_hidden_states"] = torch.randn(2, 5, 32, device=device)
+    expected = logits(model, {**inputs, "use_cache": False})
+    merged = model.merge_and_unload(context="prompt")
+    assert difference(logits(merged, {**inputs, "use_cache": False}), expected) <= 1e-5
+    assert difference(logits(merged, {**inputs, "use_cache": True}), expected) <= 1e-5
+
+
+def test_a_token_classifier_sees_no_answer_in_its_labels(device, tmp_path):
+    make_eas("llama", device, SKIPS["half"]).merge_and_unload(context="prompt").save_pretrained(tmp_path)
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=2).to(device)
+    inputs = make_inputs("llama", device)
+    labels = inputs["input_ids"] % 2
+    assert difference(logits(model, {**inputs, "labels": labels}), logits(model, inputs)) <= 1e-6
+
+
+def test_a_copied_ffn_is_refused(device):
+    merged = make_eas("bert", device, SKIPS["half"]).merge_and_unload(context="prompt")
+    ffn = copy.deepcopy(merged.bert.encoder.layer[0].intermediate)
+    with pytest.raises(RuntimeError, match=r"without the deleted attention in front.*modules_to_save"):
+        ffn(torch.zeros(1, 3, 32, device=device))
 
 
 def test_chunked_prefill_is_refused(device):

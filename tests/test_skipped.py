@@ -104,6 +104,15 @@ def test_a_slot_with_keys_is_refused(x):
         advance_cache(cache, 0, x)
 
 
+def test_a_slot_that_was_made_anew_is_refused(x):
+    """From the keys and values of a skipped MHA, which have no size: its length is lost, and positions with it."""
+    cache = DynamicCache()
+    advance_cache(cache, 0, x)
+    again = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+    with pytest.raises(ValueError, match=r"slot of layer 0.*lost its length.*deepcopy"):
+        advance_cache(again, 0, x)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "vit"])
 def test_merged_blocks_call_nothing_but_their_branch(family, device):
     merged = make_eas(family, device, SKIPS["half"], "running").merge_and_unload()
