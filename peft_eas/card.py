@@ -238,7 +238,7 @@ def _code(*lines: str) -> str:
 def _load(folder: Path) -> ModelCard | None:
     try:
         return ModelCard.load(folder / CARD) if (folder / CARD).is_file() else None
-    except (ValueError, YAMLError):
+    except (ValueError, TypeError, YAMLError):
         return None
 
 
@@ -261,10 +261,10 @@ def _write(
         return
     card = card or ModelCard("---\n\n---\n")
     before = card.data.to_dict() if before is None else before
-    named = before.get("base_model") or []
-    named_are_on_hub = all(hub_id_of(name) for name in ([named] if isinstance(named, str) else named))
-    base_model = facts.get("base_model") or (named if named_are_on_hub else None)
-    tags = {*ours["tags"], *(before.get("tags") or []), *(card.data.tags or [])}
+    named = before.get("base_model")
+    named_are_on_hub = all(hub_id_of(name) for name in _listed(named))
+    base_model = facts.get("base_model") or (named if _listed(named) and named_are_on_hub else None)
+    tags = {*ours["tags"], *_listed(before.get("tags")), *_listed(card.data.tags)}
     values = {
         "base_model": base_model,
         "base_model_relation": ours["base_model_relation"] or (base_model and before.get("base_model_relation")),
@@ -293,6 +293,12 @@ def _write(
         card.text = f"{card.text.rstrip()}\n\n{section}"
     card.text = card.text.rstrip() + "\n"
     card.save(path)
+
+
+def _listed(value: Any) -> list[str]:
+    """What a person may have written for a list of words, as one."""
+    words = value if isinstance(value, list) else [value]
+    return [word for word in words if isinstance(word, str)]
 
 
 def _is_unfilled(text: str) -> bool:

@@ -309,11 +309,23 @@ def test_the_empty_template_gives_way_and_a_filled_one_stays(llama, tmp_path):
     assert BEGIN in text
 
 
-def test_front_matter_that_cannot_be_read(llama, tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\nMine\n")
+@pytest.mark.parametrize("line", ["base_model: 3", "tags: word", "base_model: [1, 2]"])
+def test_odd_front_matter(line, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{line}\n---\n# Mine\n")
+    make_eas("llama", "cpu", SKIPS["half"], "running").merge_and_unload().save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "# Mine" in card.text
+    assert "peft_eas" in card.data.tags
+    assert "base_model" not in card.data.to_dict()
+
+
+@pytest.mark.parametrize("line", ["license: [mit", "tags: 3"])
+def test_front_matter_that_cannot_be_read(line, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{line}\n---\nMine\n")
+    llama = make_eas("llama", "cpu", SKIPS["half"], "running")
     with pytest.warns(UserWarning, match=r"front matter of .*README.md cannot be read.*left as it is.*save again"):
         llama.merge_and_unload().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "---\nlicense: [mit\n---\nMine\n"
+    assert (tmp_path / "README.md").read_text() == f"---\n{line}\n---\nMine\n"
     assert (tmp_path / "model.safetensors").exists()
 
 

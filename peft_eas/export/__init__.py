@@ -56,7 +56,7 @@ def to_vllm(
         ValueError: if the model is not a merged one or has a part that DeciLM does not have (the message says which),
             or if `folder` is not empty. Nothing is written then.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"The export to {folder} needs a folder that is empty or does not exist yet. Name another.")
     parts = take_apart(model)
