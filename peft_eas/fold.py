@@ -79,9 +79,13 @@ def fold(projection: nn.Module, update: LowRankMap) -> FoldRecord:
     Use `fold_is_finite` first where a NaN must not reach the weights.
     """
     weight, update = _out_by_in(projection), update.to(projection.weight.device)
-    # The bias takes the ORIGINAL weight, hence before the weight changes.
-    thin, bias = _thin_products(weight, update)
-    for rows in _row_blocks(weight):
+    columns = torch.cat([update.left, update.shift[:, None]], dim=1)
+    thin = columns.new_empty(weight.shape[0], columns.shape[1] - 1)
+    bias = columns.new_empty(weight.shape[0])
+    for rows in _row_blocks(weight):  # each is read from memory once
+        # The bias takes the ORIGINAL weight, hence before the weight changes.
+        product = weight[rows].float() @ columns
+        thin[rows], bias[rows] = product[:, :-1], product[:, -1]
         _add_product(weight[rows], thin[rows], update.right)
     had_bias = projection.bias is not None
     if had_bias:
@@ -107,11 +111,14 @@ def unfold(projection: nn.Module, record: FoldRecord) -> None:
 def fold_is_finite(projection: nn.Module, update: LowRankMap) -> bool:
     """Whether folding `update` would leave a weight and a bias without NaN and infinity. Changes nothing."""
     weight, update = _out_by_in(projection), update.to(projection.weight.device)
-    thin, bias = _thin_products(weight, update)
-    if projection.bias is not None:
-        bias = bias + projection.bias.float()
-    blocks = (weight[rows].float().addmm(thin[rows], update.right) for rows in _row_blocks(weight))
-    return all(bool(torch.isfinite(t.to(weight.dtype)).all()) for t in (bias, *blocks))
+    bias = 0.0 if projection.bias is None else projection.bias.float()
+    for rows in _row_blocks(weight):
+        block = weight[rows].float()
+        folded = block.addmm(block @ update.left, update.right)
+        folded_bias = block @ update.shift + (bias if isinstance(bias, float) else bias[rows])
+        if not all(bool(torch.isfinite(t.to(weight.dtype)).all()) for t in (folded, folded_bias)):
+            return False
+    return True
 
 
 def _out_by_in(projection: nn.Module) -> torch.Tensor:
@@ -123,13 +130,6 @@ def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:
     """Slices over the rows of `weight`, each of a bounded number of elements."""
     step = max(1, _BLOCK_ELEMENTS // weight.shape[1])
     return (slice(start, start + step) for start in range(0, weight.shape[0], step))
-
-
-def _thin_products(weight: torch.Tensor, update: LowRankMap) -> tuple[torch.Tensor, torch.Tensor]:
-    """W L, shape (d_out, r), and W t, shape (d_out,), in float32."""
-    columns = torch.cat([update.left, update.shift[:, None]], dim=1)
-    product = torch.cat([weight[rows].float() @ columns for rows in _row_blocks(weight)])
-    return product[:, :-1].contiguous(), product[:, -1].contiguous()
 
 
 def _add_product(block: torch.Tensor, thin: torch.Tensor, right: torch.Tensor) -> None:
