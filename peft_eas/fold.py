@@ -111,11 +111,11 @@ def unfold(projection: nn.Module, record: FoldRecord) -> None:
 def fold_is_finite(projection: nn.Module, update: LowRankMap) -> bool:
     """Whether folding `update` would leave a weight and a bias without NaN and infinity. Changes nothing."""
     weight, update = _out_by_in(projection), update.to(projection.weight.device)
-    bias = 0.0 if projection.bias is None else projection.bias.float()
+    bias = weight.new_zeros(weight.shape[0]) if projection.bias is None else projection.bias
     for rows in _row_blocks(weight):
         block = weight[rows].float()
         folded = block.addmm(block @ update.left, update.right)
-        folded_bias = block @ update.shift + (bias if isinstance(bias, float) else bias[rows])
+        folded_bias = bias[rows].float() + block @ update.shift
         if not all(bool(torch.isfinite(t.to(weight.dtype)).all()) for t in (folded, folded_bias)):
             return False
     return True

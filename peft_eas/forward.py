@@ -104,6 +104,11 @@ class Carrier:
             ) from None
 
 
+def replace_hidden_states(z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with z as the hidden states, which come first or by name."""
+    return ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
+
+
 class AdaptedForward:
     """The forward pass of an MHA or FFN behind an adapter; it stands in the place of the module's own.
 
@@ -125,7 +130,7 @@ class AdaptedForward:
         if self.carrier is not None:
             (prompt, cache), counted = self.carrier.take(), z.shape[1]  # the MHA's slot has counted this pass already
         z, new = self.prompted(z, prompt, cache, counted)
-        args, kwargs = ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
+        args, kwargs = replace_hidden_states(z, args, kwargs)
         output = type(self.module).forward(self.module, *args, **kwargs)
         self.prompted.keep(new, cache)
         return output

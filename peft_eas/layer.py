@@ -16,6 +16,7 @@ from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
 from .architectures import Architecture
 from .config import EASConfig
 from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
+from .forward import replace_hidden_states
 from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
 from .skipped import advance_cache, skipped_output
 
@@ -319,12 +320,10 @@ class MHALayer(AdaptedLayer):
         """Calls the MHA with z as the input of its projections; a residual inside it keeps the input it was given."""
         core = self.candidate.architecture.core
         if core is None:
-            args, kwargs = _replace_hidden_states(z, args, kwargs)
+            args, kwargs = replace_hidden_states(z, args, kwargs)
             return self.base_layer(*args, **kwargs)
         core = self.base_layer.get_submodule(core.removeprefix(f"{self.candidate.architecture.mha}."))
-        handle = core.register_forward_pre_hook(
-            lambda _, *inputs: _replace_hidden_states(z, *inputs), with_kwargs=True
-        )
+        handle = core.register_forward_pre_hook(lambda _, *inputs: replace_hidden_states(z, *inputs), with_kwargs=True)
         try:
             return self.base_layer(*args, **kwargs)
         finally:
@@ -354,7 +353,3 @@ class FFNLayer(AdaptedLayer):
         context = self._context(adapter, hidden_states, prompt, cache, seen)
         self._keep_context(context, cache)
         return self.base_layer(adapter(hidden_states, context), *args, **kwargs)
-
-
-def _replace_hidden_states(z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
