@@ -12,6 +12,7 @@ from .checkpoint import AFTER_SAVE
 from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
 from .peft_type import add_to_cards
+from .summary import eas_summary
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "EASModel",
     "InputAdapter",
     "PropagationAdapter",
+    "eas_summary",
 ]

@@ -207,6 +207,7 @@ class EASCallback(TrainerCallback, ExportableState):
                 sets = self._bandit.sample_sets(self.num_candidates)
                 losses = self._reward_set.losses(sets, number=len(self._bandit.rounds))
                 self._bandit.update(sets, losses, step=state.global_step)
+                eas.peft_config[eas.active_adapters[0]].note_scores(self._scores)
             eas.set_skipped_modules(self._bandit.best())
             if state.global_step >= self._search_end:
                 self._fix(args, state, eas)
@@ -250,6 +251,10 @@ class EASCallback(TrainerCallback, ExportableState):
     @property
     def _is_searching(self) -> bool:
         return self._bandit is not None and self._skipped_modules is None
+
+    @property
+    def _scores(self) -> dict[str, float]:
+        return dict(zip(self._bandit.candidates, self._bandit.scores))
 
     def _seed(self, args: TrainingArguments) -> int:
         return args.seed if self.seed is None else self.seed
@@ -315,7 +320,7 @@ class EASCallback(TrainerCallback, ExportableState):
 
     def _note_scores(self, eas: EASModel) -> None:
         """Leaves the scores in the adapter's config, where its model card finds them."""
-        eas.peft_config[eas.active_adapters[0]].scores = dict(zip(self._bandit.candidates, self._bandit.scores))
+        eas.peft_config[eas.active_adapters[0]].scores = self._scores
 
     def _show_phase(self, state: TrainerState, model: nn.Module) -> None:
         phase = self._phase(state.global_step, model)

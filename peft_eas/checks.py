@@ -39,7 +39,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
     known = skippable_mhas(model)
     names = set(default_targets(model)) & set(known)
     if config.target_modules is not None:
-        names = {name for name in _outer_names(model) if _matches(config.target_modules, name)}
+        names = {name for name in _outer_names(model) if matches(config.target_modules, name)}
     unknown = sorted(names - set(known))
     if unknown or not names:
         what = f"{shorten(unknown)}, which cannot be skipped," if unknown else "nothing"
@@ -48,7 +48,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
             f"{shorten(known)}. Name some of these, give a regular expression that matches only them, or leave "
             "target_modules out."
         )
-    targets = {name: known[name] for name in known if name in names and not _matches(config.exclude_modules, name)}
+    targets = {name: known[name] for name in known if name in names and not matches(config.exclude_modules, name)}
     if not targets:
         raise ValueError(
             f"exclude_modules={config.exclude_modules!r} leaves none of the {len(names)} target MHAs "
@@ -56,7 +56,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
         )
     patterns = config.exclude_modules or ()
     for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
-        if not any(_matches(pattern if isinstance(patterns, str) else {pattern}, name) for name in known):
+        if not any(matches(pattern if isinstance(patterns, str) else {pattern}, name) for name in known):
             raise ValueError(
                 f"exclude_modules={config.exclude_modules!r}: {pattern!r} matches nothing that could be skipped. The "
                 f"MHAs of {type(model).__name__} are: {shorten(known)}. Name some of these, or leave it out."
@@ -99,7 +99,8 @@ def _outer_names(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _matches(patterns: set[str] | str | None, name: str) -> bool:
+def matches(patterns: set[str] | str | None, name: str) -> bool:
+    """Whether the full name of a module is one that `target_modules` or `exclude_modules` name, as PEFT reads them."""
     if not patterns:
         return False
     probe = EASConfig(target_modules=patterns if isinstance(patterns, str) else list(patterns))

@@ -1,7 +1,9 @@
 """The configuration of Efficient Attention Skipping."""
 
+import inspect
 import os
-from dataclasses import dataclass, field
+import textwrap
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -12,28 +14,31 @@ from .peft_type import add_peft_type
 PEFT_TYPE = add_peft_type()
 
 
+def _with_fields_explained(config_class: type) -> type:
+    """Adds to the class's docstring, in front of "Raises:", each field as its metadata["help"] explains it."""
+    inherited = set(inspect.signature(PeftConfig).parameters)
+    entries = [
+        textwrap.fill(
+            f"{f.name} ({f.type if isinstance(f.type, str) else inspect.formatannotation(f.type)}, default "
+            f"{f.default!r}): {f.metadata['help']}",
+            width=115,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+        )
+        for f in sorted(fields(config_class), key=lambda f: f.name in inherited)
+        if "help" in f.metadata
+    ]
+    head, raises, tail = (config_class.__doc__ or "").partition("    Raises:")
+    config_class.__doc__ = "\n".join([f"{head}    Args:", *entries, "", f"{raises}{tail}"])
+    return config_class
+
+
+@_with_fields_explained
 @dataclass
 class EASConfig(PeftConfig):
     """Configuration of an [`EASModel`]: which MHAs may be skipped, how many, and what stands in their place.
 
     Source: Wu et al., arXiv 2403.15226; the defaults are the released values for a width of 4096.
-
-    Args:
-        target_modules: the MHAs that may be skipped.
-        exclude_modules: MHAs that are not touched.
-        modules_to_save: modules besides the adapters that are trained and saved.
-        num_skip: how many MHAs to skip.
-        skipped_modules: which MHAs to skip.
-        r: rank of the adapter of a skipped MHA.
-        attention_r: rank of the adapter of a kept MHA.
-        groups: diagonal blocks of the up-projections.
-        scale: factor on the adapters' output.
-        router_temperature: temperature of the router.
-        dropout: dropout in the bottleneck.
-        context: what the adapters' context is.
-        init_weights: whether the adapters start as the identity.
-        base_shape: shape of the base model, written at injection.
-        scores: the search's scores, written by it.
 
     Raises:
         ValueError: for a value out of range and for fields that contradict each other.
@@ -167,6 +172,15 @@ class EASConfig(PeftConfig):
     def note_skipped_modules(self, names: list[str]) -> None:
         """Takes note of the skip set in force, which a checkpoint that is saved during the search shall name."""
         self._skipped_now = list(names)
+
+    def note_scores(self, scores: dict[str, float]) -> None:
+        """Takes note of the scores of a search that goes on."""
+        self._scores_now = dict(scores)
+
+    @property
+    def current_scores(self) -> dict[str, float] | None:
+        """The search's scores: those it left, or where they stand while it goes on."""
+        return self.scores if self.scores is not None else getattr(self, "_scores_now", None)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary; during a search with the skip set in force as `skipped_modules`."""

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layer import MHALayer
+from .layer import AdaptedLayer, MHALayer
 
 if TYPE_CHECKING:
     from .model import EASModel
@@ -43,13 +43,11 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     earlier = (getattr(base_config, "eas", None) or {}).get("origin") or {}
     name = config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None
     hub_id, unnamed = hub_id_of(name), f"a {getattr(base_config, 'model_type', 'torch')} model"
-    everything = {id(parameter): _size(parameter) for parameter in eas.model.parameters()}
-    added = {id(parameter) for other in eas.peft_config for parameter in _parameters_of(eas, other)}
     base = {
         "base_model": hub_id,
         "base_name": hub_id or (Path(name).resolve().name if name else unnamed),
         "license": base_license(name),
-        "base_parameters": sum(size for key, size in everything.items() if key not in added),
+        "base_parameters": base_size(eas.model),
     }
     if earlier and hub_id is None:  # merged before, and never published
         base |= {key: earlier[key] for key in base if key in earlier}
@@ -64,6 +62,29 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
         "trainable_parameters": sum(map(_size, _parameters_of(eas, adapter_name))),
         "peft_eas_version": __version__,
     }
+
+
+def base_size(model: nn.Module) -> int:
+    """How many parameters a model has but for its EAS adapters, what they left in place, and `modules_to_save`."""
+    added = re.compile(r"\.(eas_input|eas_pia|modules_to_save)\.")
+    own = sum(_size(parameter) for name, parameter in model.named_parameters() if not added.search(f".{name}"))
+    layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
+    return own - sum(map(folded_biases, layers))
+
+
+def folded_biases(layer: AdaptedLayer) -> int:
+    """How many numbers an adapter that is folded in place has added: the biases that the projections did not have."""
+    return sum(record.bias.numel() for record in layer.fold_records.values() if not record.had_bias)
+
+
+def size_of(module: nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(map(_size, module.parameters()))
+
+
+def is_same_mha(name: str, relative: str) -> bool:
+    """Whether an MHA's full name and one that is relative to some part of the model can be of one MHA."""
+    return f".{name}".endswith(f".{relative}")
 
 
 def candidates_of(eas: "EASModel", adapter_name: str) -> list[str]:
@@ -89,6 +110,8 @@ def _is_of(adapter_name: str, name: str) -> bool:
 
 
 def _size(tensor: torch.Tensor) -> int:
+    if type(tensor).__name__ == "Params4bit":  # bitsandbytes packs two numbers into a byte
+        return 2 * tensor.numel() * tensor.element_size()
     return getattr(tensor, "ds_numel", tensor.numel())  # DeepSpeed's ZeRO-3 leaves empty ones behind
 
 

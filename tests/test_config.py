@@ -1,12 +1,14 @@
 """Every bad config is refused with what was received, what is allowed and what to do; the model stays as it was."""
 
 import dataclasses
+import pydoc
 import re
 
 import pytest
 import torch
 from conftest import ALL, LAYERS, build_model, logits, make_inputs, mha_names
 from peft import PeftConfig, get_peft_model
+from transformers import HfArgumentParser
 
 from peft_eas import EASConfig
 
@@ -26,6 +28,27 @@ def test_each_field_explains_itself():
         if field.name not in inherited:
             assert set(field.metadata) == {"help"}, field.name
             assert field.metadata["help"].endswith("."), field.name
+
+
+def test_help_shows_each_field_with_its_meaning_in_full():
+    text = " ".join(pydoc.render_doc(EASConfig, renderer=pydoc.plaintext).replace("|", " ").split())
+    places = []
+    for field in dataclasses.fields(EASConfig):
+        if "help" in field.metadata:
+            meaning = " ".join(field.metadata["help"].replace("|", " ").split())
+            found = re.search(rf" {field.name} \([^:]*default {re.escape(repr(field.default))}\): (.*)", text)
+            assert found, field.name
+            assert found[1].startswith(meaning), field.name
+            places.append(found.start())
+    assert max(places) < text.index("Raises:")
+    assert min(places) > text.index(" Args: ")
+    assert "{" not in EASConfig.__doc__
+
+
+def test_the_argument_parser_shows_each_field_with_its_meaning():
+    actions = {action.dest: action.help for action in HfArgumentParser(EASConfig)._actions}
+    for field in dataclasses.fields(EASConfig):
+        assert actions[field.name].startswith(field.metadata.get("help", "")), field.name
 
 
 NAN, INF = float("nan"), float("inf")

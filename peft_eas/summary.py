@@ -1,0 +1,301 @@
+"""`eas_summary`: the state, the score and the worth of each MHA of a model, as a table to read."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import Architecture, find_mhas
+from .checks import matches
+from .forward import ADAPTER_NAME
+from .layer import AdaptedLayer, Candidate, FFNLayer, MHALayer
+from .merged import relative_name
+from .provenance import base_size, folded_biases, is_same_mha, size_of
+from .skipped import SkippedMHA
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One MHA.
+
+    Attributes:
+        name: full name.
+        state: "skipped" or "kept"; "deleted" by a merge; "excluded" by the config; or "no target".
+        score: the search's, or None.
+        parameters: of the MHA, without a norm inside it that a skipped block still applies; 0 if it was deleted before
+            the adapters came.
+        adapter_parameters: of the adapter in use for it; in a merged model, of one that stays.
+        saved_parameters, saved_flops: by how much a merged model is smaller, and computes less per token, if this MHA
+            is skipped. Parameters: the MHA's and those of the norms that are deleted with it, less the biases that
+            folding PIA adds to the FFN, or PIA itself where it stays.
+        added_parameters, added_flops: what the adapter of a kept MHA leaves in the same way.
+    """
+
+    name: str
+    state: str
+    score: float | None
+    parameters: int
+    adapter_parameters: int
+    saved_parameters: int
+    saved_flops: int
+    added_parameters: int = 0
+    added_flops: int = 0
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the MHA is not computed."""
+        return self.state in ("skipped", "deleted")
+
+    def cells(self) -> tuple[str, ...]:
+        """What the table shows."""
+        score = "" if self.score is None else f"{self.score:+.4f}"
+        saved = (f"{number:,}" for number in (self.saved_parameters, self.saved_flops))
+        return (
+            *(self.name, self.state, score, f"{self.parameters:,}", f"{self.adapter_parameters:,}"),
+            *(saved if self.is_skipped else (f"({number})" for number in saved)),
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `eas_summary` returns; `print` shows it as a table.
+
+    Attributes:
+        rows: one per MHA, in the model's order.
+        base_parameters, base_flops: of the whole base model; FLOPs per token.
+        context_length: how many tokens a token attends to, as FLOPs are counted.
+    """
+
+    rows: list[SummaryRow]
+    base_parameters: int
+    base_flops: int
+    context_length: int
+
+    @property
+    def skipped(self) -> list[SummaryRow]:
+        """The MHAs that are not computed."""
+        return [row for row in self.rows if row.is_skipped]
+
+    @property
+    def saved_parameters(self) -> int:
+        """By how much a merged model is smaller than the base."""
+        added = sum(row.added_parameters for row in self.rows)
+        return sum(row.saved_parameters for row in self.skipped) - added
+
+    @property
+    def saved_flops(self) -> int:
+        """By how much a merged model computes less than the base per token."""
+        return sum(row.saved_flops for row in self.skipped) - sum(row.added_flops for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("MHA", "state", "score", "parameters", "adapter", "saved parameters", "saved FLOPs/token")
+        sums = (
+            sum(row.parameters for row in self.rows),
+            sum(row.adapter_parameters for row in self.rows),
+            self.saved_parameters,
+            self.saved_flops,
+        )
+        wholes = (*[self.base_parameters] * 3, self.base_flops)
+        count = f"{len(self.skipped)} of {len(self.rows)}"
+        lines = [
+            head,
+            *(row.cells() for row in self.rows),
+            ("total", count, "", *(f"{number:,}" for number in sums)),
+            ("of the base model", "", "", *(f"{100 * part / whole:.2f} %" for part, whole in zip(sums, wholes))),
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        table = [
+            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines
+        ]
+        ruler = "-" * len(table[0])
+        return "\n".join(
+            [
+                *(table[0], ruler, *table[1:-2], ruler, table[-2], table[-1].rstrip(), ""),
+                f"Base model: {self.base_parameters:,} parameters, {self.base_flops:,} FLOPs/token.",
+                f"Merged: {self.base_parameters - self.saved_parameters:,} parameters, "
+                f"{self.base_flops - self.saved_flops:,} FLOPs/token.",
+                f"FLOPs with {self.context_length:,} tokens to attend to. In parentheses: what skipping one more "
+                "saves.",
+            ]
+        )
+
+
+def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
+    """What EAS does to each MHA of `model` and what that saves; `print(eas_summary(model))` shows a table.
+
+    FLOPs are those of a forward pass, per token, where a multiplication and an addition count as two. After Chowdhery
+    et al., PaLM (arXiv 2204.02311, appendix B; a forward pass is a third of its 6 N + 12 L H Q T), an MHA needs
+
+        2 × (weights of its projections) + 4 × (heads × width of a head) × (tokens attended to)
+
+    where the second term is the products of queries with keys and of attention weights with values. The whole model
+    needs 2 × (weights of its linear layers, and of a mixture's experts those that a token is given to) and the second
+    term of every MHA. A tower without a candidate is left out there, for its tokens are others.
+
+    Args:
+        model: a model with EAS adapters, of which the active one counts, or a merged one.
+        context_length: how many tokens a token attends to: those before it in a decoder, all in an encoder, patches
+            in a vision model. An MHA with a sliding window attends to no more than that.
+
+    Raises:
+        TypeError: for a model without EAS. ValueError: for a context_length below 1.
+    """
+    if not isinstance(context_length, int) or isinstance(context_length, bool) or context_length < 1:
+        raise ValueError(
+            f"eas_summary(context_length={context_length!r}): context_length must be an integer of at least 1."
+        )
+    inner = model.base_model if isinstance(model, PeftModel) else model
+    inner = inner.model if isinstance(inner, BaseTuner) else inner
+    if any(isinstance(module, MHALayer) for module in inner.modules()):
+        return _of_unmerged(inner, context_length)
+    if isinstance(inner, PreTrainedModel) and isinstance(getattr(inner.config, "eas", None), dict):
+        return _of_merged(inner, context_length)
+    raise TypeError(
+        f"eas_summary was given a {type(model).__name__} without EAS adapters and without deleted MHAs. Give it the "
+        "model that get_peft_model(model, EASConfig(...)) or merge_and_unload() returns."
+    )
+
+
+class _MHA:
+    """An MHA as it is in a base model, and what it is worth there."""
+
+    def __init__(self, model: nn.Module, name: str, block: str, row: Architecture, context_length: int) -> None:
+        def part(path: str) -> nn.Module:
+            return model.get_submodule(f"{block}.{path}".removeprefix("."))
+
+        def wrapped(path: str, wrapper: type[AdaptedLayer]) -> AdaptedLayer:
+            return part(path) if isinstance(part(path), wrapper) else wrapper(part(path), candidate)
+
+        candidate = Candidate(name, block, row, None)
+        self.name, self.block, self.kind = name, block, row.kind
+        self.ffn_name = f"{block}.{row.ffn}".removeprefix(".")
+        self.mha, self.ffn = wrapped(row.mha, MHALayer), wrapped(row.ffn, FFNLayer)
+        self.is_deleted = isinstance(self.mha.base_layer, SkippedMHA)
+        kept_norm = row.kept_norm and self.mha.base_layer.get_submodule(row.kept_norm.removeprefix(f"{row.mha}."))
+        self.parameters = (
+            size_of(self.mha.base_layer) - folded_biases(self.mha) - (size_of(kept_norm) if kept_norm else 0)
+        )
+        self.norm_parameters = 0 if self.is_deleted else sum(size_of(part(path)) for path in row.deleted_norms)
+        self.product_flops = 0 if self.is_deleted else self._product_flops(context_length)
+        self.flops = 2 * _linear_weights(self.mha.base_layer) + self.product_flops
+
+    def _product_flops(self, context_length: int) -> int:
+        module, inputs = self.mha.base_layer, list(self.mha.projections.values())
+        # The output projection reads all heads; the queries' may be one with keys and values.
+        others = [m for m in module.modules() if _is_linear(m) and all(m is not one for one in inputs)]
+        width = _features(others[-1])[0] if others else _features(inputs[0])[1]
+        window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
+        return 4 * width * min(context_length, window or context_length)
+
+    def summarized(
+        self, state: str, score: float | None, adapter_parameters: int, added: int, added_flops: int = 0
+    ) -> SummaryRow:
+        """Its row, where `added` and `added_flops` are what the adapter in use leaves in the merged model."""
+        common = (self.name, state, score, self.parameters, adapter_parameters)
+        parameters = self.parameters + self.norm_parameters
+        if state == "skipped" or (state == "deleted" and not self.is_deleted):
+            return SummaryRow(*common, parameters - added, self.flops - added_flops)
+        would_add = 0 if self.is_deleted else _biases_to_add(self.ffn)
+        return SummaryRow(*common, parameters - would_add, self.flops, added, added_flops)
+
+
+def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
+    layers = [module for module in model.modules() if isinstance(module, MHALayer)]
+    adapter_name = layers[0].active_adapters[0]
+    config = next(filter(None, (layer.candidate.configs.get(adapter_name) for layer in layers)))
+    scores, parts, rows = config.current_scores or {}, [], []
+    for found in find_mhas(model):
+        part, adapter = _MHA(model, *found, context_length), None
+        candidate = part.mha.candidate
+        if part.is_deleted:
+            state = "deleted"
+        elif adapter_name not in candidate.configs:
+            state = "excluded" if matches(config.exclude_modules, part.name) else "no target"
+        else:
+            state = "skipped" if adapter_name in candidate.skipped_by else "kept"
+            layer = part.ffn if state == "skipped" else part.mha
+            adapter = layer.used_adapter(adapter_name)
+        left = (0, 0) if adapter is None else (size_of(adapter), _biases_to_add(layer))
+        parts.append(part)
+        rows.append(part.summarized(state, scores.get(part.name), *left))
+    return Summary(rows, base_size(model), _flops(model, parts, rows), context_length)
+
+
+def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
+    record = model.config.eas
+    facts, base, parts, rows = record.get("origin") or {}, _before_merge(model), [], []
+    for found in find_mhas(base):
+        part = _MHA(base, *found, context_length)
+        name = relative_name(base, part.name)
+        candidate = next((c for c in facts.get("candidates") or [part.name] if is_same_mha(c, name)), None)
+        if name in record["skipped"]:
+            state, now, before = "deleted", model.get_submodule(part.ffn_name), part.ffn.base_layer
+        else:
+            state = "no target" if candidate is None else "kept"
+            now, before = model.get_submodule(part.name), part.mha.base_layer
+        adapters = [getattr(module, ADAPTER_NAME) for module in now.modules() if hasattr(module, ADAPTER_NAME)]
+        # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
+        flops = sum(2 * 2 * adapter.token_down.weight.numel() for adapter in adapters)
+        score = (facts.get("scores") or {}).get(candidate)
+        parts.append(part)
+        rows.append(part.summarized(state, score, sum(map(size_of, adapters)), size_of(now) - size_of(before), flops))
+    return Summary(rows, size_of(base), _flops(base, parts, rows), context_length)
+
+
+def _before_merge(model: PreTrainedModel) -> PreTrainedModel:
+    """The base of a merged model, without values."""
+    stock = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not hasattr(c, "_auto_map"))
+    with torch.device("meta"):
+        return stock(copy.deepcopy(model.config))
+
+
+def _flops(model: nn.Module, parts: list[_MHA], rows: list[SummaryRow]) -> int:
+    """FLOPs per token of the whole model without its adapters, but for towers without a candidate."""
+    kinds = {part.kind for part, row in zip(parts, rows) if row.state not in ("excluded", "no target")}
+    other_towers = tuple(f"{part.block}." for part in parts if part.kind not in kinds)
+    products = sum(part.product_flops for part in parts if part.kind in kinds)
+    return 2 * _linear_weights(model, other_towers) + products
+
+
+def _linear_weights(model: nn.Module, left_out: tuple[str, ...] = ()) -> int:
+    """How many weights a token is multiplied with in layers whose names do not start with one of `left_out`."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    experts_per_token = getattr(config, "num_experts_per_tok", None)
+    number = 0
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(left_out) or ".modules_to_save." in name:  # a copy of what is counted already
+            continue
+        if _is_linear(module):
+            number += math.prod(_features(module))  # a quantised weight has another shape
+        elif experts_per_token is not None:  # of all experts in one tensor
+            stacked = (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+            number += sum(experts_per_token * math.prod(parameter.shape[1:]) for parameter in stacked)
+    return number
+
+
+def _biases_to_add(layer: AdaptedLayer) -> int:
+    """How many numbers the fold adds behind an adapter of `layer`: a bias where a projection has none."""
+    number = 0
+    for path, projection in layer.projections.items():
+        record = layer.fold_records.get(path)  # of an adapter that is folded in place
+        has_bias = projection.bias is not None if record is None else record.had_bias
+        number += 0 if has_bias else _features(projection)[1]
+    return number
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _features(projection: nn.Module) -> tuple[int, int]:
+    """Widths of what a projection reads and writes."""
+    is_conv1d = isinstance(projection, Conv1D)
+    return (projection.nx, projection.nf) if is_conv1d else (projection.in_features, projection.out_features)
