@@ -1,4 +1,4 @@
-"""What users see of a model: `eas_summary`, `repr`, `print_trainable_parameters`. Expected numbers are counted by hand."""
+"""What users see of a model: `eas_summary`, `repr`, `print_trainable_parameters`. Numbers are counted by hand."""
 
 import copy
 
