@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
         "base_model": hub_id,
         "base_name": hub_id or (Path(name).resolve().name if name else unnamed),
         "license": base_license(name),
-        "base_parameters": base_size(eas.model),
+        "base_parameters": size_of(eas.model, added_parameters(eas.model)),
     }
     if earlier and hub_id is None:  # merged before, and never published
         base |= {key: earlier[key] for key in base if key in earlier}
@@ -64,22 +65,22 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     }
 
 
-def base_size(model: nn.Module) -> int:
-    """How many parameters a model has but for its EAS adapters, what they left in place, and `modules_to_save`."""
+def added_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that EAS has added: adapters, copies of `modules_to_save`, biases from a fold in place."""
     added = re.compile(r"\.(eas_input|eas_pia|modules_to_save)\.")
-    own = sum(_size(parameter) for name, parameter in model.named_parameters() if not added.search(f".{name}"))
+    ids = {id(parameter) for name, parameter in model.named_parameters() if added.search(f".{name}")}
     layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
-    return own - sum(map(folded_biases, layers))
+    return ids | {
+        id(layer.projections[path].bias)
+        for layer in layers
+        for path, record in layer.fold_records.items()
+        if not record.had_bias
+    }
 
 
-def folded_biases(layer: AdaptedLayer) -> int:
-    """How many numbers an adapter that is folded in place has added: the biases that the projections did not have."""
-    return sum(record.bias.numel() for record in layer.fold_records.values() if not record.had_bias)
-
-
-def size_of(module: nn.Module) -> int:
-    """How many parameters a module has."""
-    return sum(map(_size, module.parameters()))
+def size_of(module: nn.Module, but: Collection[int] = ()) -> int:
+    """How many parameters a module has, but for those whose ids are in `but`."""
+    return sum(_size(parameter) for parameter in module.parameters() if id(parameter) not in but)
 
 
 def is_same_mha(name: str, relative: str) -> bool:

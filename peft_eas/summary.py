@@ -2,7 +2,9 @@
 
 import copy
 import math
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import Architecture, find_mhas
 from .checks import matches
 from .forward import ADAPTER_NAME
-from .layer import AdaptedLayer, Candidate, FFNLayer, MHALayer
+from .layer import AdaptedLayer, FFNLayer, MHALayer
 from .merged import relative_name
-from .provenance import base_size, folded_biases, is_same_mha, size_of
+from .provenance import added_parameters, is_same_mha, size_of
 from .skipped import SkippedMHA
 
 
@@ -164,88 +166,95 @@ def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
 
 
 class _MHA:
-    """An MHA as it is in a base model, and what it is worth there."""
+    """An MHA as it is in a base model, and what it is worth there.
 
-    def __init__(self, model: nn.Module, name: str, block: str, row: Architecture, context_length: int) -> None:
-        def part(path: str) -> nn.Module:
-            return model.get_submodule(f"{block}.{path}".removeprefix("."))
+    Args:
+        added: ids of the parameters that are not the base's.
+    """
 
-        def wrapped(path: str, wrapper: type[AdaptedLayer]) -> AdaptedLayer:
-            return part(path) if isinstance(part(path), wrapper) else wrapper(part(path), candidate)
+    def __init__(
+        self, model: nn.Module, name: str, block_name: str, row: Architecture, context_length: int, added: set[int]
+    ) -> None:
+        block = model.get_submodule(block_name)
+        self.name, self.block_name, self.kind = name, block_name, row.kind
+        self.ffn_name = f"{block_name}.{row.ffn}".removeprefix(".")
+        # A wrapper lets the attributes of what it wraps shine through.
+        self.mha, self.ffn = _at_path(block, row.mha), _at_path(block, row.ffn)
+        self.parameters = self.deleted_parameters = self.product_flops = self.flops = self.biases = self.ffn_biases = 0
+        self.is_deleted = isinstance(getattr(self.mha, "base_layer", self.mha), SkippedMHA)
+        if self.is_deleted:
+            return
+        inputs = [_at_path(block, path) for path in row.mha_projections]
+        self.biases = _missing_biases(inputs, added)
+        self.ffn_biases = _missing_biases([_at_path(block, path) for path in row.ffn_projections], added)
+        kept = size_of(_at_path(block, row.kept_norm), added) if row.kept_norm else 0
+        self.parameters = size_of(self.mha, added) - kept
+        norms = (_at_path(block, path) for path in row.deleted_norms)
+        self.deleted_parameters = self.parameters + sum(size_of(norm, added) for norm in norms)
+        self.product_flops = self._product_flops(inputs, context_length)
+        self.flops = 2 * _linear_weights(self.mha) + self.product_flops
 
-        candidate = Candidate(name, block, row, None)
-        self.name, self.block, self.kind = name, block, row.kind
-        self.ffn_name = f"{block}.{row.ffn}".removeprefix(".")
-        self.mha, self.ffn = wrapped(row.mha, MHALayer), wrapped(row.ffn, FFNLayer)
-        self.is_deleted = isinstance(self.mha.base_layer, SkippedMHA)
-        kept_norm = row.kept_norm and self.mha.base_layer.get_submodule(row.kept_norm.removeprefix(f"{row.mha}."))
-        self.parameters = (
-            size_of(self.mha.base_layer) - folded_biases(self.mha) - (size_of(kept_norm) if kept_norm else 0)
-        )
-        self.norm_parameters = 0 if self.is_deleted else sum(size_of(part(path)) for path in row.deleted_norms)
-        self.product_flops = 0 if self.is_deleted else self._product_flops(context_length)
-        self.flops = 2 * _linear_weights(self.mha.base_layer) + self.product_flops
-
-    def _product_flops(self, context_length: int) -> int:
-        module, inputs = self.mha.base_layer, list(self.mha.projections.values())
+    def _product_flops(self, inputs: list[nn.Module], context_length: int) -> int:
         # The output projection reads all heads; the queries' may be one with keys and values.
-        others = [m for m in module.modules() if _is_linear(m) and all(m is not one for one in inputs)]
+        others = [m for m in self.mha.modules() if _is_linear(m) and all(m is not one for one in inputs)]
         width = _features(others[-1])[0] if others else _features(inputs[0])[1]
-        window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
+        window = getattr(self.mha, "sliding_window", _at_path(self.mha, "config.sliding_window"))
         return 4 * width * min(context_length, window or context_length)
 
     def summarized(
-        self, state: str, score: float | None, adapter_parameters: int, added: int, added_flops: int = 0
+        self, state: str, score: float | None, adapter_parameters: int = 0, added: int = 0, added_flops: int = 0
     ) -> SummaryRow:
         """Its row, where `added` and `added_flops` are what the adapter in use leaves in the merged model."""
         common = (self.name, state, score, self.parameters, adapter_parameters)
-        parameters = self.parameters + self.norm_parameters
-        if state == "skipped" or (state == "deleted" and not self.is_deleted):
-            return SummaryRow(*common, parameters - added, self.flops - added_flops)
-        would_add = 0 if self.is_deleted else _biases_to_add(self.ffn)
-        return SummaryRow(*common, parameters - would_add, self.flops, added, added_flops)
+        if state in ("skipped", "deleted"):
+            return SummaryRow(*common, self.deleted_parameters - added, self.flops - added_flops)
+        return SummaryRow(*common, self.deleted_parameters - self.ffn_biases, self.flops, added, added_flops)
 
 
 def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
-    layers = [module for module in model.modules() if isinstance(module, MHALayer)]
-    adapter_name = layers[0].active_adapters[0]
-    config = next(filter(None, (layer.candidate.configs.get(adapter_name) for layer in layers)))
-    scores, parts, rows = config.current_scores or {}, [], []
-    for found in find_mhas(model):
-        part, adapter = _MHA(model, *found, context_length), None
-        candidate = part.mha.candidate
+    layers = {
+        (type(layer), layer.candidate.name): layer for layer in model.modules() if isinstance(layer, AdaptedLayer)
+    }
+    adapter_name = next(iter(layers.values())).active_adapters[0]
+    config = next(filter(None, (layer.candidate.configs.get(adapter_name) for layer in layers.values())))
+    scores, added = config.current_scores or {}, added_parameters(model)
+    parts = [_MHA(model, *found, context_length, added) for found in find_mhas(model)]
+    rows = []
+    for part in parts:
+        score, mha = scores.get(part.name), layers.get((MHALayer, part.name))
         if part.is_deleted:
-            state = "deleted"
-        elif adapter_name not in candidate.configs:
-            state = "excluded" if matches(config.exclude_modules, part.name) else "no target"
+            rows.append(part.summarized("deleted", score))
+        elif mha is None or adapter_name not in mha.candidate.configs:
+            is_excluded = matches(config.exclude_modules, part.name)
+            rows.append(part.summarized("excluded" if is_excluded else "no target", score))
         else:
-            state = "skipped" if adapter_name in candidate.skipped_by else "kept"
-            layer = part.ffn if state == "skipped" else part.mha
-            adapter = layer.used_adapter(adapter_name)
-        left = (0, 0) if adapter is None else (size_of(adapter), _biases_to_add(layer))
-        parts.append(part)
-        rows.append(part.summarized(state, scores.get(part.name), *left))
-    return Summary(rows, base_size(model), _flops(model, parts, rows), context_length)
+            is_skipped = adapter_name in mha.candidate.skipped_by
+            adapter = (layers[FFNLayer, part.name] if is_skipped else mha).used_adapter(adapter_name)
+            biases = part.ffn_biases if is_skipped else part.biases
+            left = (0, 0) if adapter is None else (size_of(adapter), biases)
+            rows.append(part.summarized("skipped" if is_skipped else "kept", score, *left))
+    return Summary(rows, size_of(model, added), _flops(model, parts, rows), context_length)
 
 
 def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
     record = model.config.eas
-    facts, base, parts, rows = record.get("origin") or {}, _before_merge(model), [], []
-    for found in find_mhas(base):
-        part = _MHA(base, *found, context_length)
+    facts, base = record.get("origin") or {}, _before_merge(model)
+    scores = facts.get("scores") or {}
+    parts = [_MHA(base, *found, context_length, set()) for found in find_mhas(base)]
+    rows = []
+    for part in parts:
         name = relative_name(base, part.name)
         candidate = next((c for c in facts.get("candidates") or [part.name] if is_same_mha(c, name)), None)
         if name in record["skipped"]:
-            state, now, before = "deleted", model.get_submodule(part.ffn_name), part.ffn.base_layer
+            state, before, now = "deleted", part.ffn, model.get_submodule(part.ffn_name)
         else:
             state = "no target" if candidate is None else "kept"
-            now, before = model.get_submodule(part.name), part.mha.base_layer
+            before, now = part.mha, model.get_submodule(part.name)
         adapters = [getattr(module, ADAPTER_NAME) for module in now.modules() if hasattr(module, ADAPTER_NAME)]
         # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
         flops = sum(2 * 2 * adapter.token_down.weight.numel() for adapter in adapters)
-        score = (facts.get("scores") or {}).get(candidate)
-        parts.append(part)
-        rows.append(part.summarized(state, score, sum(map(size_of, adapters)), size_of(now) - size_of(before), flops))
+        left = (sum(map(size_of, adapters)), size_of(now) - size_of(before), flops)
+        rows.append(part.summarized(state, scores.get(candidate), *left))
     return Summary(rows, size_of(base), _flops(base, parts, rows), context_length)
 
 
@@ -259,7 +268,7 @@ def _before_merge(model: PreTrainedModel) -> PreTrainedModel:
 def _flops(model: nn.Module, parts: list[_MHA], rows: list[SummaryRow]) -> int:
     """FLOPs per token of the whole model without its adapters, but for towers without a candidate."""
     kinds = {part.kind for part, row in zip(parts, rows) if row.state not in ("excluded", "no target")}
-    other_towers = tuple(f"{part.block}." for part in parts if part.kind not in kinds)
+    other_towers = tuple(f"{part.block_name}." for part in parts if part.kind not in kinds)
     products = sum(part.product_flops for part in parts if part.kind in kinds)
     return 2 * _linear_weights(model, other_towers) + products
 
@@ -281,14 +290,10 @@ def _linear_weights(model: nn.Module, left_out: tuple[str, ...] = ()) -> int:
     return number
 
 
-def _biases_to_add(layer: AdaptedLayer) -> int:
-    """How many numbers the fold adds behind an adapter of `layer`: a bias where a projection has none."""
-    number = 0
-    for path, projection in layer.projections.items():
-        record = layer.fold_records.get(path)  # of an adapter that is folded in place
-        has_bias = projection.bias is not None if record is None else record.had_bias
-        number += 0 if has_bias else _features(projection)[1]
-    return number
+def _missing_biases(projections: list[nn.Module], added: set[int]) -> int:
+    """How many numbers the fold adds to projections: a bias where the base has none."""
+    without = (p for p in projections if p.bias is None or id(p.bias) in added)
+    return sum(_features(projection)[1] for projection in without)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -299,3 +304,11 @@ def _features(projection: nn.Module) -> tuple[int, int]:
     """Widths of what a projection reads and writes."""
     is_conv1d = isinstance(projection, Conv1D)
     return (projection.nx, projection.nf) if is_conv1d else (projection.in_features, projection.out_features)
+
+
+def _at_path(module: nn.Module, path: str) -> Any:
+    """What `path` leads to from `module`, or None."""
+    try:
+        return operator.attrgetter(path)(module)
+    except AttributeError:
+        return None
