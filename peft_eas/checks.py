@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, default_targets, find_mhas
+from .architectures import Architecture, at_path, default_targets, find_mhas, has_path, join, reasons_against
 from .config import EASConfig
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer
@@ -44,7 +45,8 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
     if unknown or not names:
         what = f"{shorten(unknown)}, which cannot be skipped," if unknown else "nothing"
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches {what} in {type(model).__name__}. Its MHAs are: "
+            f"target_modules={config.target_modules!r} matches {what} in {type(model).__name__}."
+            f"{reasons_against(model, unknown)} Its MHAs are: "
             f"{shorten(known)}. Name some of these, give a regular expression that matches only them, or leave "
             "target_modules out."
         )
@@ -67,9 +69,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
 
 def _check_modules_to_save(config: EASConfig, model: nn.Module, targets: Targets) -> None:
     wrapped = {
-        f"{block}.{path}".removeprefix(".") + "."
-        for block, row in targets.values()
-        for path in (row.mha, row.ffn, *row.deleted_norms)
+        join(block, path) + "." for block, row in targets.values() for path in (row.mha, row.ffn, *row.deleted_norms)
     }
     names = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
     for given in config.modules_to_save or ():
@@ -168,23 +168,17 @@ def block_width(model: nn.Module, block_name: str, row: Architecture) -> int:
     """Width d of what a block's projections read. Raises a ValueError if the block lacks what its row names."""
     block = model.get_submodule(block_name)
     for path in (*row.mha_projections, *row.ffn_projections):
-        try:
-            projection = _unwrapped(block, path)
-        except AttributeError as error:
+        if not has_path(block, path):
             name = type(block).__name__
             raise ValueError(
                 f"The row of {name} in the table of architectures names {path!r}, but {block_name or name} has no "
                 f"such module. Set ARCHITECTURES[{name!r}] to an Architecture with this model's own names."
-            ) from error
+            )
+    projection = at_path(block, row.ffn_projections[0])
     # nn.Linear, quantised or not, tells the width of its input; Conv1D stores weights of shape (width, outputs).
-    return getattr(projection, "in_features", None) or projection.weight.shape[0]
-
-
-def _unwrapped(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        module = getattr(module, name)
-        module = module.base_layer if isinstance(module, EASLayer) else module
-    return module
+    return (
+        getattr(projection, "in_features", None) or projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]
+    )
 
 
 def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:

@@ -32,15 +32,31 @@ class LowRankMap:
 
 
 @dataclass(frozen=True)
+class ExpertWeights:
+    """The projections of several experts in one parameter, (experts, d_out, d), or (experts, d, d_out) `transposed`.
+
+    They have no bias.
+    """
+
+    weight: nn.Parameter
+    transposed: bool
+    bias: None = None
+
+
+Projection = nn.Module | ExpertWeights
+
+
+@dataclass(frozen=True)
 class FoldRecord:
     """What one fold added to a projection, enough to take it out again without a copy of the weight.
 
-    Shapes: thin (d_out, r), right (r, d), bias (d_out,). `had_bias` tells whether the projection had one before.
+    Shapes: thin (d_out, r), one per expert where there are several; right (r, d); bias (d_out,), or None where it was
+    left out. `had_bias` tells whether the projection had one before.
     """
 
-    thin: torch.Tensor
+    thin: tuple[torch.Tensor, ...]
     right: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     had_bias: bool
 
 
@@ -51,13 +67,13 @@ def low_rank_map(adapter: RoutedAdapter, context: torch.Tensor) -> LowRankMap:
     return LowRankMap(left[0], adapter.token_down.weight.detach().float(), shift[0])
 
 
-def check_projection(projection: nn.Module, name: str) -> None:
-    """Raises unless `projection` is one that an adapter can be folded into.
+def check_projection(projection: Projection, name: str, with_bias: bool = True) -> None:
+    """Raises unless `projection` is one that an adapter can be folded into; without a bias, any weight will do.
 
     Raises:
         TypeError: if the module is neither `nn.Linear` nor `Conv1D`, or if its weight is quantised.
     """
-    if not isinstance(projection, (nn.Linear, Conv1D)):
+    if with_bias and not isinstance(projection, (nn.Linear, Conv1D)):
         raise TypeError(
             f"Cannot fold an adapter into {name}, a {type(projection).__name__}: only torch.nn.Linear and "
             "transformers' Conv1D hold a weight that can be changed in place. Merge other adapters (such as LoRA) "
@@ -73,57 +89,91 @@ def check_projection(projection: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def fold(projection: nn.Module, update: LowRankMap) -> FoldRecord:
+def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> FoldRecord:
     """Folds `update` into `projection` in place, creates its bias where it has none, and returns what was added.
 
+    Where the projection cannot have a bias (`with_bias=False`), the vector of `shift_before` belongs in front of it.
     Use `fold_is_finite` first where a NaN must not reach the weights.
     """
-    weight, update = _out_by_in(projection), update.to(projection.weight.device)
+    update = update.to(projection.weight.device)
     columns = torch.cat([update.left, update.shift[:, None]], dim=1)
-    thin = columns.new_empty(weight.shape[0], columns.shape[1] - 1)
-    bias = columns.new_empty(weight.shape[0])
-    for rows in _row_blocks(weight):  # each is read from memory once
-        # The bias takes the ORIGINAL weight, hence before the weight changes.
-        product = weight[rows].float() @ columns
-        thin[rows], bias[rows] = product[:, :-1], product[:, -1]
-        _add_product(weight[rows], thin[rows], update.right)
+    thins = []
+    for weight in _out_by_in(projection):
+        thin = columns.new_empty(weight.shape[0], columns.shape[1] - 1)
+        bias = columns.new_empty(weight.shape[0])
+        for rows in _row_blocks(weight):  # each is read from memory once
+            # The bias takes the ORIGINAL weight, hence before the weight changes.
+            product = weight[rows].float() @ columns
+            thin[rows], bias[rows] = product[:, :-1], product[:, -1]
+            _add_product(weight[rows], thin[rows], update.right)
+        thins.append(thin)
+    if not with_bias:
+        return FoldRecord(tuple(thins), update.right, None, had_bias=False)
     had_bias = projection.bias is not None
     if had_bias:
         projection.bias.copy_(projection.bias.float() + bias)
     else:
         projection.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=projection.weight.requires_grad)
-    return FoldRecord(thin, update.right, bias, had_bias)
+    return FoldRecord(tuple(thins), update.right, bias, had_bias)
 
 
 @torch.no_grad()
-def unfold(projection: nn.Module, record: FoldRecord) -> None:
+def shift_before(update: LowRankMap) -> torch.Tensor:
+    """The vector t' in front of projections that `update` is folded into without a bias; in float32, shape (d,).
+
+    With z → z + L (R z) + t folded as W' = W + (W L) R, W' (z + t') is what W made of it where (1 + L R) t' = t, hence
+    t' = t − L (1 + R L)⁻¹ R t.
+
+    Raises:
+        ValueError: if 1 + R L has no inverse, to the precision of the weights.
+    """
+    left, right, shift = (tensor.double() for tensor in (update.left, update.right, update.shift))
+    inner = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) + right @ left
+    before = shift - left @ torch.linalg.lstsq(inner, (right @ shift)[:, None]).solution[:, 0]
+    error = (before + left @ (right @ before) - shift).abs().max()
+    if not error <= 1e-5 * shift.abs().max():
+        raise ValueError(
+            "This adapter cannot be folded into a mixture of experts: it takes a direction of the hidden states away, "
+            "in which its bias lies. Train a few more steps, or merge with context='prompt', which folds nothing."
+        )
+    return before.float()
+
+
+@torch.no_grad()
+def unfold(projection: Projection, record: FoldRecord) -> None:
     """Takes one fold out of `projection` again, to the rounding of the weight's dtype."""
-    weight = _out_by_in(projection)
-    for rows in _row_blocks(weight):
-        _add_product(weight[rows], -record.thin[rows].to(weight.device), record.right.to(weight.device))
+    for weight, thin in zip(_out_by_in(projection), record.thin):
+        for rows in _row_blocks(weight):
+            _add_product(weight[rows], -thin[rows].to(weight.device), record.right.to(weight.device))
+    if record.bias is None:
+        return
     if record.had_bias:
-        projection.bias.copy_(projection.bias.float() - record.bias.to(weight.device))
+        projection.bias.copy_(projection.bias.float() - record.bias.to(projection.bias.device))
     else:
         projection.bias = None
 
 
 @torch.no_grad()
-def fold_is_finite(projection: nn.Module, update: LowRankMap) -> bool:
+def fold_is_finite(projection: Projection, update: LowRankMap) -> bool:
     """Whether folding `update` would leave a weight and a bias without NaN and infinity. Changes nothing."""
-    weight, update = _out_by_in(projection), update.to(projection.weight.device)
-    bias = weight.new_zeros(weight.shape[0]) if projection.bias is None else projection.bias
-    for rows in _row_blocks(weight):
-        block = weight[rows].float()
-        folded = block.addmm(block @ update.left, update.right)
-        folded_bias = bias[rows].float() + block @ update.shift
-        if not all(bool(torch.isfinite(t.to(weight.dtype)).all()) for t in (folded, folded_bias)):
-            return False
+    update = update.to(projection.weight.device)
+    for weight in _out_by_in(projection):
+        bias = weight.new_zeros(weight.shape[0]) if getattr(projection, "bias", None) is None else projection.bias
+        for rows in _row_blocks(weight):
+            block = weight[rows].float()
+            folded = block.addmm(block @ update.left, update.right)
+            folded_bias = bias[rows].float() + block @ update.shift
+            if not all(bool(torch.isfinite(t.to(weight.dtype)).all()) for t in (folded, folded_bias)):
+                return False
     return True
 
 
-def _out_by_in(projection: nn.Module) -> torch.Tensor:
-    """The weight as a view of shape (d_out, d), whichever way the projection stores it."""
-    return projection.weight.data.T if isinstance(projection, Conv1D) else projection.weight.data
+def _out_by_in(projection: Projection) -> list[torch.Tensor]:
+    """The weights as views of shape (d_out, d), whichever way the projection stores them: one, or one per expert."""
+    weight = projection.weight.data
+    if weight.dim() == 2:
+        return [weight.T if isinstance(projection, Conv1D) else weight]
+    return [expert.T if projection.transposed else expert for expert in weight]
 
 
 def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:

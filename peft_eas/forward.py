@@ -13,7 +13,8 @@ Needs nothing but torch and transformers: it is a part of the file that a merged
 
 import inspect
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +22,133 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .adapter import RoutedAdapter
-from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
-from .skipped import advance_cache
+from .prompt import PROMPT_KEY, Prompt, cached_length, keys_attended_to, masked_mean, read_context, write_context
+from .skipped import advance_cache, find_cache
 
 ADAPTER_NAME = "eas_adapter"
+SHIFT_NAME = "eas_shift"
+
+
+class Attended(NamedTuple):
+    """Where the call of an MHA holds what it attends to; each a name and a position among the arguments.
+
+    Attributes:
+        states: the states, or None for its own input. mask: their mask.
+    """
+
+    states: tuple[str, int] | None
+    mask: tuple[str, int]
+
+    @classmethod
+    def of(cls, mha: nn.Module, names: tuple[str, str]) -> "Attended":
+        """Finds the arguments `names`, of states and mask, in the forward method of `mha`."""
+        parameters = list(inspect.signature(mha.forward).parameters)
+        states, mask = ((name, parameters.index(name) if name in parameters else -1) for name in names)
+        return cls(None if states[0] == "hidden_states" else states, mask)
+
+    def read(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, Any]:
+        """The states, (B, S, d), or None; and the mask, in whatever form the MHA takes it."""
+        return tuple(None if argument is None else _argument(*argument, args, kwargs) for argument in self)
+
+
+def _argument(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return args[position] if 0 <= position < len(args) else kwargs.get(name)
+
+
+class Call:
+    """One call of an MHA, as far as its adapters need to know; that of the FFN behind it is given less.
+
+    Args:
+        args, kwargs: of the call. current: returns the prompt of the pass, for models that hand their MHAs none.
+        attended: where the call holds what the MHA attends to, if that is what the context is the mean of.
+
+    Attributes:
+        num_sequences: B, where the hidden states are (B, T, d). prompt: which tokens are the prompt. cache: the KV
+            cache. attended: the states that the MHA attends to, (B, S, d), or None for its own tokens, and its mask.
+    """
+
+    def __init__(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        current: Callable[[], Prompt | None],
+        attended: Attended | None = None,
+    ) -> None:
+        z = args[0] if args else kwargs["hidden_states"]
+        self.num_sequences = z.shape[0] if z.dim() == 3 else 1
+        self.prompt = kwargs.get(PROMPT_KEY) or current()
+        self.cache = find_cache(args, kwargs)
+        self.attended = (None, None) if attended is None else attended.read(args, kwargs)
+
+    def context(self, z: torch.Tensor, tokens: str) -> torch.Tensor:
+        """The context m in float32, (B, d), where an adapter reads z, (B, T, d).
+
+        `tokens` tells what m is the mean of: "prompt"; "all"; or "attended", what the MHA attends to.
+        """
+        if tokens == "all":
+            return z.float().mean(1)
+        if tokens == "attended":
+            states, mask = self.attended
+            states = z if states is None else states
+            return masked_mean(states, keys_attended_to(mask, states.shape[:2]))
+        return (self.prompt or Prompt(None)).mean(z)
+
+    def as_sequences(self, z: torch.Tensor) -> torch.Tensor:
+        """z as (B, T, d), where a block may have flattened it to (B T, d)."""
+        return z if z.dim() == 3 else z.unflatten(0, (self.num_sequences, -1))
+
+
+class Carrier:
+    """Pre-hook on an MHA: takes note of its call, for what is given less.
+
+    Args:
+        current, attended: see `Call`.
+    """
+
+    def __init__(self, current: Callable[[], Prompt | None], attended: Attended | None) -> None:
+        self.current = current
+        self.attended = attended
+        self._calls: dict[int, Call] = {}  # by thread, as servers run several
+
+    def __call__(self, mha: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._calls[threading.get_ident()] = Call(args, kwargs, self.current, self.attended)
+        return args, {key: value for key, value in kwargs.items() if key != PROMPT_KEY}
+
+    def take(self) -> Call:
+        """The call, which is not held any longer.
+
+        Raises:
+            RuntimeError: if the MHA was not called before, as by a copy of the FFN alone.
+        """
+        try:
+            return self._calls.pop(threading.get_ident())
+        except KeyError:
+            raise RuntimeError(
+                "An FFN with an adapter that takes each prompt's context was called without the attention in front of "
+                "it. It cannot be copied or called on its own (PEFT's modules_to_save does); leave it out, or merge "
+                "the model with a frozen context."
+            ) from None
 
 
 class PromptedAdapter:
     """An adapter whose context is each prompt's: what it does to z, and what it keeps of the prompt meanwhile.
 
     Args:
-        adapter: the adapter. layer_idx: slot of the KV cache, or None for models without one.
-        of_text: whether the prompt is marked; otherwise (vision) every token is of the prompt.
+        adapter: the adapter.
+        layer_idx: slot of the KV cache, or None where what a prompt decides is computed anew in every pass.
+        tokens: what the context is the mean of; see `Call.context`.
     """
 
-    def __init__(self, adapter: RoutedAdapter, layer_idx: int | None, of_text: bool) -> None:
+    def __init__(self, adapter: RoutedAdapter, layer_idx: int | None, tokens: str) -> None:
         adapter.running_context = adapter.num_contexts = None  # of no use here, hence not in the checkpoint
         adapter.dropout.p = 0.0
         self.adapter = adapter
         self.layer_idx = layer_idx
-        self.of_text = of_text
+        self.tokens = tokens
         self.keys = tuple((type(adapter).__name__, part) for part in ("left", "shift"))
 
     def __call__(
-        self, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, counted: int = 0
+        self, z: torch.Tensor, call: Call, counted: int = 0
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Takes z, (B, T, d), of which the cache's slot has counted `counted` tokens already.
 
@@ -54,12 +158,11 @@ class PromptedAdapter:
             ValueError: if the cache was filled by another model.
         """
         # Whether the slot holds what the prompt has decided tells more than its length, a tensor in a static cache.
-        left, shift = (read_context(cache, self.layer_idx, key) for key in self.keys)
+        left, shift = (read_context(call.cache, self.layer_idx, key) for key in self.keys)
         new = None
         if left is None:
-            self._check_is_new(cache, counted)
-            context = (prompt or Prompt(None)).mean(z) if self.of_text else z.float().mean(1)
-            left, shift = self.adapter.affine_map(context)
+            self._check_is_new(call.cache, counted)
+            left, shift = self.adapter.affine_map(call.context(z, self.tokens))
             left, shift = left.transpose(1, 2).to(z.dtype).contiguous(), shift[:, None].to(z.dtype)
             new = left, shift
         return torch.baddbmm(z + shift, F.linear(z, self.adapter.token_down.weight), left), new
@@ -79,61 +182,56 @@ class PromptedAdapter:
                 write_context(cache, self.layer_idx, key, value)
 
 
-class Carrier:
-    """Pre-hook on a deleted MHA: takes the prompt and the cache from there to the FFN, which is given neither."""
-
-    def __init__(self) -> None:
-        self._carried: dict[int, tuple[Prompt | None, Cache | None]] = {}  # by thread, as servers run several
-
-    def __call__(self, mha: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._carried[threading.get_ident()] = kwargs.get(PROMPT_KEY), kwargs.get("past_key_values")
-
-    def take(self) -> tuple[Prompt | None, Cache | None]:
-        """The prompt and the cache, which are not held any longer.
-
-        Raises:
-            RuntimeError: if the MHA was not called before, as by a copy of the FFN alone.
-        """
-        try:
-            return self._carried.pop(threading.get_ident())
-        except KeyError:
-            raise RuntimeError(
-                "An FFN with an adapter that takes each prompt's context was called without the deleted attention in "
-                "front of it. It cannot be copied or called on its own (PEFT's modules_to_save does); leave it out, "
-                "or merge the model with a frozen context."
-            ) from None
-
-
 def replace_hidden_states(z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a call with z as the hidden states, which come first or by name."""
     return ((z, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": z})
 
 
 class AdaptedForward:
-    """The forward pass of an MHA or FFN behind an adapter; it stands in the place of the module's own.
+    """The forward pass of an MHA or FFN behind adapters; it stands in the place of the module's own.
 
     Args:
-        module: the module. prompted: the adapter.
-        carrier: what brings prompt and cache where the module is an FFN; None for an MHA, which is given them.
+        module: the module.
+        current: returns the prompt of the pass, for models that hand their MHAs none.
+        is_counted: whether the cache has counted a pass's tokens when the module is called, as before an FFN.
+
+    `prompted` holds the adapters, in the order in which they are applied, each with the carrier of its MHA's call, or
+    None where the module is given all that is needed.
     """
 
-    def __init__(self, module: nn.Module, prompted: PromptedAdapter, carrier: Carrier | None) -> None:
+    def __init__(self, module: nn.Module, current: Callable[[], Prompt | None], is_counted: bool) -> None:
         self.module = module
-        self.prompted = prompted
-        self.carrier = carrier
+        self.current = current
+        self.is_counted = is_counted
+        self.prompted: list[tuple[PromptedAdapter, Carrier | None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the module does."""
-        z = args[0] if args else kwargs["hidden_states"]
-        prompt, cache = kwargs.pop(PROMPT_KEY, None), kwargs.get("past_key_values")
-        counted = 0
-        if self.carrier is not None:
-            (prompt, cache), counted = self.carrier.take(), z.shape[1]  # the MHA's slot has counted this pass already
-        z, new = self.prompted(z, prompt, cache, counted)
-        args, kwargs = replace_hidden_states(z, args, kwargs)
+        given = z = args[0] if args else kwargs["hidden_states"]
+        decided = []
+        for prompted, carrier in self.prompted:
+            call = Call(args, kwargs, self.current) if carrier is None else carrier.take()
+            z = call.as_sequences(z)
+            z, new = prompted(z, call, z.shape[1] if self.is_counted else 0)
+            decided.append((prompted, new, call.cache))
+        kwargs.pop(PROMPT_KEY, None)
+        args, kwargs = replace_hidden_states(z.view(given.shape), args, kwargs)
         output = type(self.module).forward(self.module, *args, **kwargs)
-        self.prompted.keep(new, cache)
+        for prompted, new, cache in decided:
+            prompted.keep(new, cache)
         return output
+
+
+class ShiftedForward:
+    """The forward pass of an FFN behind one vector, its parameter `eas_shift`, (d,), that is added to every token."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the module does."""
+        shifted = hidden_states + getattr(self.module, SHIFT_NAME)
+        return type(self.module).forward(self.module, shifted, *args, **kwargs)
 
 
 class BranchForward:
@@ -150,19 +248,20 @@ class BranchForward:
         self.block = block
         self.branch = branch
         self.layer_idx = layer_idx
-        self.prompted: dict[str, PromptedAdapter] = {}  # by the child in front of which it stands
-        names = list(inspect.signature(type(block).forward).parameters)[2:]
-        self.cache_position = names.index("past_key_values") if "past_key_values" in names else len(names)
+        # By the child in front of which an adapter stands; and the prompt of the pass, if the block is given none.
+        self.prompted: dict[str, PromptedAdapter] = {}
+        self.current: Callable[[], Prompt | None] = lambda: None
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes what the block does and returns its output, in the shape of `hidden_states`, (B, T, d)."""
-        cache = args[self.cache_position] if self.cache_position < len(args) else kwargs.get("past_key_values")
+        cache = find_cache(args, kwargs)
         advance_cache(cache, self.layer_idx, hidden_states)
         children, update = self.block._modules, hidden_states
         for name in self.branch:
             if name in self.prompted:
                 prompted = self.prompted[name]
-                update, new = prompted(update, kwargs.get(PROMPT_KEY), cache, counted=hidden_states.shape[1])
+                call = Call((hidden_states, *args), kwargs, self.current)
+                update, new = prompted(update, call, counted=hidden_states.shape[1])
                 prompted.keep(new, cache)
             update = children[name](update)
         return hidden_states + update

@@ -5,20 +5,30 @@ A candidate MHA has three kinds of wrappers: `MHALayer` around the attention, wh
 must agree on, above all which adapters skip the MHA, they share through one `Candidate`.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.cache_utils import Cache
 
 from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
-from .architectures import Architecture
+from .architectures import Architecture, at_path
 from .config import EASConfig
-from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
-from .forward import replace_hidden_states
+from .fold import (
+    ExpertWeights,
+    FoldRecord,
+    LowRankMap,
+    check_projection,
+    fold,
+    fold_is_finite,
+    low_rank_map,
+    shift_before,
+    unfold,
+)
+from .forward import Attended, Call, replace_hidden_states
 from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
-from .skipped import advance_cache, skipped_output
+from .skipped import advance_cache, skipped_output, skipped_return
 
 
 class Candidate:
@@ -26,21 +36,36 @@ class Candidate:
 
     Attributes:
         name: full name of the MHA. block: full name of its block. architecture: the block's row of the table.
-        layer_idx: the MHA's slot of the KV cache, or None where there is none.
+        layer_idx: the MHA's slot of the KV cache, or None where there is none, as for a cross-attention.
+        current: returns the prompt of the forward pass that is under way.
         configs: by adapter name, the configs of the adapters that have this MHA as a target.
         skipped_by: names of the adapters that skip it.
-        prompt, cache: what the MHA was called with, left for the FFN of the same forward pass, which gets neither.
+        call: the MHA's call, left for the FFN of the same forward pass, which is given less.
     """
 
-    def __init__(self, name: str, block: str, architecture: Architecture, layer_idx: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        block: str,
+        architecture: Architecture,
+        layer_idx: int | None,
+        current: Callable[[], Prompt | None],
+    ) -> None:
         self.name = name
         self.block = block
         self.architecture = architecture
-        self.layer_idx = layer_idx
+        self.layer_idx = None if architecture.is_cross else layer_idx
+        self.current = current
         self.configs: dict[str, EASConfig] = {}
         self.skipped_by: set[str] = set()
-        self.prompt: Prompt | None = None
-        self.cache: Cache | None = None
+        self.call: Call | None = None
+
+    @property
+    def context_tokens(self) -> str:
+        """What the context is the mean of; see `Call.context`."""
+        if self.architecture.attends is not None:
+            return "attended"
+        return "all" if self.architecture.kind in ("vision", "audio") else "prompt"
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
@@ -125,6 +150,7 @@ class AdaptedLayer(EASLayer):
     def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
         super().__init__(base_layer, candidate)
         self.fold_records: dict[str, FoldRecord] = {}
+        self.fold_shift: torch.Tensor | None = None
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -132,11 +158,25 @@ class AdaptedLayer(EASLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     @property
-    def projections(self) -> dict[str, nn.Module]:
+    def wrapped(self) -> nn.Module:
+        """The model's own module, beneath this wrapper and those of other MHAs in front of the same FFN."""
+        return self.base_layer.wrapped if isinstance(self.base_layer, AdaptedLayer) else self.base_layer
+
+    @property
+    def projections(self) -> dict[str, nn.Module | ExpertWeights]:
         """By name within the block, the projections that read what the adapter returns."""
         row = self.candidate.architecture
         root, names = (row.ffn, row.ffn_projections) if self.stands_for_skipped else (row.mha, row.mha_projections)
-        return {name: self.base_layer.get_submodule(name.removeprefix(f"{root}.")) for name in names}
+        found = {name: at_path(self.wrapped, name.removeprefix(root).removeprefix(".")) for name in names}
+        return {
+            name: ExpertWeights(module, name in row.transposed) if isinstance(module, nn.Parameter) else module
+            for name, module in found.items()
+        }
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the projections have no bias, so that `fold_shift` takes its place."""
+        return self.stands_for_skipped and self.candidate.architecture.experts
 
     def add_adapter(self, adapter_name: str, config: EASConfig, width: int) -> None:
         """Creates the adapter `adapter_name` for a model of width `width` if `config` can ever use it here."""
@@ -199,35 +239,36 @@ class AdaptedLayer(EASLayer):
             self.unmerge()
         return None if self.merged else self.used_adapter(self.adapter_in_force)
 
-    def _context(
-        self, adapter: RoutedAdapter, z: torch.Tensor, prompt: Prompt | None, cache: Cache | None, seen: int
-    ) -> torch.Tensor:
+    def _context(self, adapter: RoutedAdapter, z: torch.Tensor, call: Call, seen: int) -> torch.Tensor:
         """The context for z, (B, T, d), of which the cache has seen `seen` tokens before: (B, d), or (1, d)."""
-        name = self.adapter_in_force
+        name, candidate = self.adapter_in_force, self.candidate
         if not self._takes_prompt(name):
             return adapter.running_context[None]
-        key = (name, self.stands_for_skipped)
         if seen > 0:
-            context = read_context(cache, self.candidate.layer_idx, key)
+            context = read_context(call.cache, candidate.layer_idx, (name, self.stands_for_skipped))
             if context is None:
                 raise ValueError(
                     f"The KV cache holds {seen} tokens, but no context of the EAS adapter {name!r} for "
-                    f"{self.candidate.name}: it was filled with other adapters or another skip set. Start with a new "
+                    f"{candidate.name}: it was filled with other adapters or another skip set. Start with a new "
                     "cache after changing them, or use context='running'."
                 )
             return context
-        prompt = prompt or Prompt(None)
-        of_text = self.candidate.architecture.kind != "vision"
-        context = prompt.mean(z) if of_text else z.float().mean(1)
-        if self.training and id(adapter) not in prompt.recorded:
+        if self.training and call.prompt is None and candidate.context_tokens == "prompt":
+            raise ValueError(
+                f"{candidate.block} was called in training outside of a forward pass of the whole model, so that its "
+                "prompt is not known. Call the whole model; where gradient checkpointing computes the block again "
+                "(Falcon's are given no more than they need), leave that off, or use context='running'."
+            )
+        context = call.context(z, candidate.context_tokens)
+        if self.training and call.prompt is not None and id(adapter) not in call.prompt.recorded:
             adapter.record(context.detach())
-            prompt.recorded.add(id(adapter))
+            call.prompt.recorded.add(id(adapter))
         return context
 
-    def _keep_context(self, context: torch.Tensor, cache: Cache | None) -> None:
+    def _keep_context(self, context: torch.Tensor, call: Call) -> None:
         name = self.adapter_in_force
         if self.candidate.layer_idx is not None and self._takes_prompt(name):
-            write_context(cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)
+            write_context(call.cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)
 
     def low_rank_map(self, adapter_name: str) -> LowRankMap | None:
         """What the adapter `adapter_name` is with its running context, or None if it has no use here."""
@@ -241,9 +282,11 @@ class AdaptedLayer(EASLayer):
             TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN or an infinity.
         """
         update = self.low_rank_map(adapter_name)
+        if update is not None and self.has_experts:
+            shift_before(update)
         for name, projection in self.projections.items() if update is not None else ():
             full_name = f"{self.candidate.block}.{name}"
-            check_projection(projection, full_name)
+            check_projection(projection, full_name, with_bias=not self.has_experts)
             if finite and not fold_is_finite(projection, update):
                 raise ValueError(
                     f"Folding the EAS adapter {adapter_name!r} would put NaN or infinity into {full_name}. Nothing "
@@ -256,16 +299,20 @@ class AdaptedLayer(EASLayer):
         if self.merged or name is None:
             return
         self.check_fold(name, finite=safe_merge)
+        if isinstance(self.base_layer, AdaptedLayer):  # it stands between this adapter and the projections
+            self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         update = self.low_rank_map(name)
         if update is not None:
-            self.fold_records = {path: fold(module, update) for path, module in self.projections.items()}
+            has_bias = not self.has_experts
+            self.fold_records = {path: fold(module, update, has_bias) for path, module in self.projections.items()}
+            self.fold_shift = None if has_bias else shift_before(update)
         self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Takes what was folded out of the projections again."""
         for path, record in self.fold_records.items():
             unfold(self.projections[path], record)
-        self.fold_records = {}
+        self.fold_records, self.fold_shift = {}, None
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
@@ -274,6 +321,8 @@ class AdaptedLayer(EASLayer):
         """As above; what was folded need not be taken out again, so no record of it takes memory."""
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         self.fold_records = {}
+        if isinstance(module, AdaptedLayer):
+            return module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return module
 
     def _get_base_layer_device_and_dtype(
@@ -294,30 +343,32 @@ class MHALayer(AdaptedLayer):
     def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
         super().__init__(base_layer, candidate)
         self.eas_input = nn.ModuleDict()
+        names = candidate.architecture.attends
+        self.attended = None if names is None else Attended.of(base_layer, names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""
-        prompt = kwargs.pop(PROMPT_KEY, None)
-        adapter = self._adapter_to_apply()
+        call = Call(args, kwargs, self.candidate.current, self.attended)
+        kwargs.pop(PROMPT_KEY, None)
+        adapter, row = self._adapter_to_apply(), self.candidate.architecture
         if self.adapter_in_force is None:
             return self.base_layer(*args, **kwargs)
         z = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
-        cache = getattr(cache, "self_attention_cache", cache)
         if self.is_skipped:
-            advance_cache(cache, self.candidate.layer_idx, z)
-            self.candidate.prompt, self.candidate.cache = prompt, cache
-            kept_norm = self.candidate.architecture.kept_norm
-            if kept_norm is None:
-                return skipped_output(z), None
-            norm = kept_norm.removeprefix(f"{self.candidate.architecture.mha}.")
-            return self.base_layer.get_submodule(norm)(z), None
+            self.candidate.call = call
+            advance_cache(call.cache, self.candidate.layer_idx, z)
+            if row.kept_norm is None:
+                update = skipped_output(z)
+            else:
+                update = at_path(self.base_layer, row.kept_norm.removeprefix(f"{row.mha}."))(z)
+            return skipped_return(update, row.returns, kwargs)
         if adapter is None:
             return self.base_layer(*args, **kwargs)
-        seen = cached_length(cache, self.candidate.layer_idx) if self.needs_prompt else 0
-        context = self._context(adapter, z, prompt, cache, seen)
-        output = self._call_with_input(adapter(z, context), args, kwargs)
-        self._keep_context(context, cache)
+        seen = cached_length(call.cache, self.candidate.layer_idx) if self.needs_prompt else 0
+        sequences = call.as_sequences(z)
+        context = self._context(adapter, sequences, call, seen)
+        output = self._call_with_input(adapter(sequences, context).view(z.shape), args, kwargs)
+        self._keep_context(context, call)
         return output
 
     def _call_with_input(self, z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -335,7 +386,10 @@ class MHALayer(AdaptedLayer):
 
 
 class FFNLayer(AdaptedLayer):
-    """Around an FFN: puts the PIA in front of it where the block's MHA is skipped."""
+    """Around an FFN: puts the PIA in front of it where the block's MHA is skipped.
+
+    An FFN behind several MHAs has one wrapper for each, the first MHA's inside.
+    """
 
     adapter_layer_names = ("eas_pia",)
     adapter_class = PropagationAdapter
@@ -347,13 +401,15 @@ class FFNLayer(AdaptedLayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the FFN does."""
-        prompt, cache = self.candidate.prompt, self.candidate.cache
-        self.candidate.prompt = self.candidate.cache = None
+        call, self.candidate.call = self.candidate.call, None
         adapter = self._adapter_to_apply()
+        if self.fold_shift is not None:
+            hidden_states = hidden_states + self.fold_shift.to(hidden_states)
         if adapter is None:
             return self.base_layer(hidden_states, *args, **kwargs)
-        # The MHA's wrapper has counted this pass's tokens already.
-        seen = cached_length(cache, self.candidate.layer_idx) - hidden_states.shape[1] if self.needs_prompt else 0
-        context = self._context(adapter, hidden_states, prompt, cache, seen)
-        self._keep_context(context, cache)
-        return self.base_layer(adapter(hidden_states, context), *args, **kwargs)
+        z = call.as_sequences(hidden_states)
+        # The cache has counted this pass's tokens already, as the MHA, or its wrapper, came first.
+        seen = cached_length(call.cache, self.candidate.layer_idx) - z.shape[1] if self.needs_prompt else 0
+        context = self._context(adapter, z, call, seen)
+        self._keep_context(context, call)
+        return self.base_layer(adapter(z, context).view(hidden_states.shape), *args, **kwargs)

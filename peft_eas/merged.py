@@ -24,16 +24,40 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
 from .checkpoint import CODE_FILE, CheckpointMixin
-from .forward import ADAPTER_NAME, AdaptedForward, BranchForward, Carrier, PromptedAdapter
+from .forward import (
+    SHIFT_NAME,
+    AdaptedForward,
+    Attended,
+    BranchForward,
+    Carrier,
+    PromptedAdapter,
+    ShiftedForward,
+)
 from .prompt import PromptHook
 from .skipped import SkippedMHA
 
 FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "gpt2"),
-    *("bert", "vit", "clip_vision_model", "clip", "llava"),
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "gemma3", "olmo2", "phi3"),
+    *(
+        "starcoder2",
+        "mixtral",
+        "qwen3_moe",
+        "llama4_text",
+        "llama4",
+        "deepseek_v3",
+        "gpt2",
+        "gpt_neox",
+        "falcon",
+        "opt",
+    ),
+    *("bert", "roberta", "xlm-roberta", "modernbert", "vit", "dinov2"),
+    *("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model"),
+    *("t5", "bart", "whisper"),
+    *("llava", "llava_next", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "smolvlm", "idefics3"),
+    *("paligemma", "internvl", "vilt", "bridgetower"),
 )
 # Of the record `eas`. A process may load a checkpoint with the code of another one, which may be older.
-FORMAT = 1
+FORMAT = 2
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
@@ -43,12 +67,12 @@ LOCK = (
 
 
 def apply_record(
-    model: PreTrainedModel, record: dict[str, Any], adapters: dict[str, RoutedAdapter] | None = None
+    model: PreTrainedModel, record: dict[str, Any], kept: dict[str, RoutedAdapter | torch.Tensor] | None = None
 ) -> None:
     """Deletes from `model` what `record`, the config's `eas`, names as skipped, and adds the biases it names.
 
-    Where the context is each prompt's own, the adapters that the record names are put in place: those of `adapters`,
-    by module name, or new ones for a checkpoint's weights.
+    Where the context is each prompt's own, the adapters that the record names are put in place, and in front of a
+    mixture of experts the shifts: those of `kept`, by name, or new ones for a checkpoint's weights.
 
     Raises:
         ValueError: if the model has no module of a recorded name.
@@ -58,7 +82,7 @@ def apply_record(
         if isinstance(mha, SkippedMHA):  # by the body, which is a merged model itself
             continue
         norm = mha.get_submodule(entry["kept_norm"]) if entry["kept_norm"] else None
-        stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm)
+        stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm, entry["returns"])
         _replace(model, name, stub.to(next(mha.parameters()).device))
         for norm_name in entry["norms"]:
             _replace(model, norm_name, nn.Identity())
@@ -72,14 +96,21 @@ def apply_record(
             raise ValueError(_misfit(model, name))
         if projection.bias is None:
             projection.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
-    for name, entry in record.get("adapters", {}).items():
-        module = _find(model, name)
-        if not hasattr(module, ADAPTER_NAME):
-            _keep_adapter(model, module, adapters[name] if adapters else _new_adapter(entry), record, entry)
+    for name, width in record.get("shifts", {}).items():
+        ffn = _find(model, name)
+        if not hasattr(ffn, SHIFT_NAME):
+            weight = next(parameter for parameter in ffn.parameters() if parameter.is_floating_point())
+            shift = kept[name] if kept else torch.zeros(width)
+            setattr(ffn, SHIFT_NAME, nn.Parameter(shift.to(weight.device, weight.dtype), weight.requires_grad))
+            ffn.forward = ShiftedForward(ffn)
     if record.get("context") == "prompt":
         # Under another head than a language model's, labels mark no answer among the tokens.
         has_answer = record["answer_in_input"] and (model.can_generate() or not hasattr(model, "num_labels"))
-        PromptHook(model, is_needed=_yes, answer_in_input=_yes if has_answer else _no)
+        hook = PromptHook(model, is_needed=_yes, answer_in_input=_yes if has_answer else _no)
+        for name, entry in record["adapters"].items():
+            module = _find(model, entry["module"])
+            if not hasattr(module, entry["name"]):
+                _keep_adapter(model, module, kept[name] if kept else _new_adapter(entry), record, entry, hook)
 
 
 def _yes() -> bool:
@@ -91,27 +122,35 @@ def _no() -> bool:
 
 
 def _new_adapter(entry: dict[str, Any]) -> RoutedAdapter:
-    return (InputAdapter if entry["skipped_mha"] is None else PropagationAdapter)(**entry["shape"])
+    return (PropagationAdapter if entry["stands_for_skipped"] else InputAdapter)(**entry["shape"])
 
 
 def _keep_adapter(
-    model: PreTrainedModel, module: nn.Module, adapter: RoutedAdapter, record: dict[str, Any], entry: dict[str, Any]
+    model: PreTrainedModel,
+    module: nn.Module,
+    adapter: RoutedAdapter,
+    record: dict[str, Any],
+    entry: dict[str, Any],
+    hook: PromptHook,
 ) -> None:
     """Puts `adapter` in front of `module`, an MHA, or the FFN behind a deleted MHA."""
     weight = next(module.parameters(), None)
     if weight is None:
-        raise ValueError(_misfit(model, "an adapter's module"))
-    module.add_module(ADAPTER_NAME, adapter.to(weight.device, weight.dtype))
-    prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["of_text"])
-    skipped = record["skipped"].get(entry["skipped_mha"])
+        raise ValueError(_misfit(model, entry["module"]))
+    module.add_module(entry["name"], adapter.to(weight.device, weight.dtype))
+    prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["tokens"])
+    skipped = record["skipped"].get(entry["mha"])
     if skipped is not None and skipped["branch"] is not None:
-        _find(model, skipped["block"]).forward.prompted[entry["child"]] = prompted
+        branch = _find(model, skipped["block"]).forward
+        branch.prompted[entry["child"]], branch.current = prompted, hook.current
         return
     carrier = None
-    if skipped is not None:
-        carrier = Carrier()
-        _find(model, entry["skipped_mha"]).register_forward_pre_hook(carrier, with_kwargs=True)
-    module.forward = AdaptedForward(module, prompted, carrier)
+    if entry["stands_for_skipped"] or entry["attended"] is not None:
+        carrier = Carrier(hook.current, entry["attended"] and Attended(*entry["attended"]))
+        _find(model, entry["mha"]).register_forward_pre_hook(carrier, with_kwargs=True)
+    if not isinstance(module.forward, AdaptedForward):
+        module.forward = AdaptedForward(module, hook.current, is_counted=entry["stands_for_skipped"])
+    module.forward.prompted.append((prompted, carrier))
 
 
 def _resolve(model: nn.Module, name: str) -> str:
@@ -275,10 +314,10 @@ def _auto_classes(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, t
 
 
 def turn_into_merged(
-    model: PreTrainedModel, record: dict[str, Any], adapters: dict[str, RoutedAdapter] | None = None
+    model: PreTrainedModel, record: dict[str, Any], kept: dict[str, RoutedAdapter | torch.Tensor]
 ) -> PreTrainedModel:
     """Applies `record` to a model in memory and makes it one of the classes above, in place; see `apply_record`."""
-    apply_record(model, record, adapters)
+    apply_record(model, record, kept)
     record = _with_earlier_merges(record, getattr(model.config, "eas", None))
     config_class = register_family(model.config_class.model_type)
     register_models(config_class)
@@ -301,7 +340,8 @@ def _with_earlier_merges(record: dict[str, Any], earlier: dict[str, Any] | None)
         return record
     skipped = {**earlier["skipped"], **record["skipped"]}
     biases = [name for name in earlier["biases"] if not name.startswith(tuple(f"{mha}." for mha in skipped))]
-    return {**record, "skipped": skipped, "biases": biases + record["biases"]}
+    shifts = {**earlier.get("shifts", {}), **record.get("shifts", {})}
+    return {**record, "skipped": skipped, "biases": biases + record["biases"], "shifts": shifts}
 
 
 def __getattr__(name: str) -> type:

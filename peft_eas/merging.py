@@ -12,6 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .adapter import RoutedAdapter
+from .architectures import join
+from .fold import shift_before
+from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
 from .merged import FORMAT, relative_name, turn_into_merged
 from .provenance import origin
@@ -101,7 +104,7 @@ class MergingTuner(BaseTuner):
                         del layer.adapters[name]  # so that there is nothing to fold
             else:
                 self._check_merge(name, safe_merge, warn=context is None)
-                record = record_of_fold(self.model, self._adapted_layers(), name)
+                record, kept = record_of_fold(self.model, self._adapted_layers(), name)
             record["origin"] = facts
             adapter_names = [name]
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
@@ -157,18 +160,29 @@ class MergingTuner(BaseTuner):
                 layer.check_fold(name, finite)
 
 
-def record_of_fold(model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str) -> dict[str, Any]:
-    """The record of a merge that folds the adapter `adapter_name` with its running context."""
-    record: dict[str, Any] = {"format": FORMAT, "context": "running", "skipped": {}, "biases": []}
+def record_of_fold(
+    model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The record of a merge that folds the adapter `adapter_name`, and the shifts that stay, by name of their FFN."""
+    record: dict[str, Any] = {"format": FORMAT, "context": "running", "skipped": {}, "biases": [], "shifts": {}}
+    shifts = {}
     for layer in layers:
         _record_skipped(record, model, layer, adapter_name)
-        if layer.used_adapter(adapter_name) is not None:
-            for path, projection in layer.projections.items():
-                folded = layer.fold_records.get(path)
-                had_bias = folded.had_bias if folded else projection.bias is not None
-                if not had_bias:
-                    record["biases"].append(relative_name(model, f"{layer.candidate.block}.{path}"))
-    return record
+        adapter = layer.low_rank_map(adapter_name)
+        if adapter is None:
+            continue
+        if layer.has_experts:
+            name = relative_name(model, join(layer.candidate.block, layer.candidate.architecture.ffn))
+            shifts[name] = shift_before(adapter)
+            record["shifts"][name] = len(shifts[name])
+            continue
+        for path, projection in layer.projections.items():
+            folded = layer.fold_records.get(path)
+            had_bias = folded.had_bias if folded else projection.bias is not None
+            name = relative_name(model, join(layer.candidate.block, path))
+            if not had_bias and name not in record["biases"]:
+                record["biases"].append(name)
+    return record, shifts
 
 
 def record_with_adapters(
@@ -176,21 +190,28 @@ def record_with_adapters(
 ) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
     """The record of a merge that keeps the adapters for each prompt's own context, and these, by module name."""
     record: dict[str, Any] = {"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}}
-    kept = {}
+    layers, kept = list(layers), {}
+    attended = {layer.candidate: layer.attended for layer in layers if isinstance(layer, MHALayer)}
     for layer in layers:
         _record_skipped(record, model, layer, adapter_name)
         adapter = layer.used_adapter(adapter_name)
         if adapter is None:
             continue
         candidate, row = layer.candidate, layer.candidate.architecture
-        path = (row.core or row.mha) if isinstance(layer, MHALayer) else row.ffn
-        name = relative_name(model, f"{candidate.block}.{path}")
-        kept[name] = adapter
-        record["adapters"][name] = {
-            "skipped_mha": None if isinstance(layer, MHALayer) else relative_name(model, candidate.name),
+        path = row.ffn if layer.stands_for_skipped else (row.core or row.mha)
+        module = relative_name(model, join(candidate.block, path))
+        number = sum(entry["module"] == module for entry in record["adapters"].values())
+        name = f"{ADAPTER_NAME}_{number}" if number else ADAPTER_NAME
+        kept[f"{module}.{name}"] = adapter
+        record["adapters"][f"{module}.{name}"] = {
+            "module": module,
+            "name": name,
+            "mha": relative_name(model, candidate.name),
+            "stands_for_skipped": layer.stands_for_skipped,
             "child": row.ffn,
             "layer_idx": candidate.layer_idx,
-            "of_text": row.kind != "vision",
+            "tokens": candidate.context_tokens,
+            "attended": attended[candidate] and [list(part) if part else None for part in attended[candidate]],
             "shape": {
                 "d": adapter.token_down.in_features,
                 "r": adapter.token_down.out_features,
@@ -208,13 +229,17 @@ def _record_skipped(record: dict[str, Any], model: nn.Module, layer: AdaptedLaye
     if not isinstance(layer, MHALayer) or adapter_name not in candidate.skipped_by:
         return
     children = {name for name, _ in model.get_submodule(candidate.block).named_children()}
+    is_whole = row.branch is not None and children <= {row.mha, *row.deleted_norms, *row.branch}
+    # What the MHA attends to is known where it is called, which a branch does not do.
+    has_branch = is_whole and not (record["context"] == "prompt" and row.attends)
     record["skipped"][relative_name(model, candidate.name)] = {
         "layer_idx": candidate.layer_idx,
         "marker": next(path for path, _ in layer.base_layer.named_parameters()),
-        "norms": [relative_name(model, f"{candidate.block}.{norm}") for norm in row.deleted_norms],
+        "norms": [relative_name(model, join(candidate.block, norm)) for norm in row.deleted_norms],
         "block": relative_name(model, candidate.block),
-        "branch": list(row.branch) if row.branch and children <= {row.mha, *row.deleted_norms, *row.branch} else None,
+        "branch": list(row.branch) if has_branch else None,
         "kept_norm": row.kept_norm and row.kept_norm.removeprefix(f"{row.mha}."),
+        "returns": row.returns and list(row.returns),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .architectures import join, rows_of
 from .checks import (
     block_width,
     check_base,
@@ -64,13 +65,15 @@ class EASModel(MergingTuner):
             self._prompt_hook = next(hooks, None) or PromptHook(model, self._needs_prompt, self.answer_in_input)
             self.register_load_state_dict_pre_hook(EASModel._refuse_unfit_weights)
         self._newest_adapter, self._prompt_hook.was_used = name, False
-        added = {
-            name: Candidate(name, block, row, _layer_idx(model.get_submodule(name)))
-            for name, (block, row) in targets.items()
-            if name not in self._candidates
-        }
         order = list(skippable_mhas(model))
-        self._candidates = dict(sorted({**self._candidates, **added}.items(), key=lambda item: order.index(item[0])))
+        for name in dict.fromkeys(block for block, _ in targets.values()):
+            block = model.get_submodule(name)
+            for row in rows_of(block):  # also one that is no target: its adapters' place is among the others'
+                mha = join(name, row.mha)
+                if mha in order and mha not in self._candidates:
+                    layer_idx = _layer_idx(block.get_submodule(row.mha))
+                    self._candidates[mha] = Candidate(mha, name, row, layer_idx, self._prompt_hook.current)
+        self._candidates = dict(sorted(self._candidates.items(), key=lambda item: order.index(item[0])))
 
     def _check_name_is_free(self, name: str, config: EASConfig, present: dict[str, Candidate]) -> None:
         taken = next((c.configs[name] for c in present.values() if c.configs.get(name, config) is not config), None)
@@ -99,23 +102,30 @@ class EASModel(MergingTuner):
             candidate.skipped_by.add(adapter_name)
         row = candidate.architecture
         width = block_width(self.model, candidate.block, row)
-        wrappers = {row.mha: MHALayer, row.ffn: FFNLayer, **dict.fromkeys(row.deleted_norms, NormLayer)}
-        for path, wrapper in wrappers.items():
-            name = f"{candidate.block}.{path}" if candidate.block else path
-            layer = self.model.get_submodule(name)
-            if not isinstance(layer, EASLayer):
-                layer = wrapper(layer, candidate)
+        block = self.model.get_submodule(candidate.block)
+        wrappers = [(candidate, row.mha, MHALayer)]
+        wrappers += [(candidate, norm, NormLayer) for norm in row.deleted_norms]
+        for other in self._candidates.values():  # of one FFN's wrappers none is left out, so that weights keep names
+            if other.block == candidate.block and other.architecture.ffn == row.ffn:
+                wrappers.append((other, row.ffn, FFNLayer))
+        for owner, path, wrapper in wrappers:
+            layer = _wrapper_of(owner, block.get_submodule(path))
+            if layer is None:
+                layer = wrapper(block.get_submodule(path), owner)
                 layer.set_adapter(self.active_adapters)
-                self.model.set_submodule(name, layer)
-            if isinstance(layer, AdaptedLayer):
+                block.set_submodule(path, layer)
+            if isinstance(layer, AdaptedLayer) and owner is candidate:
                 layer.add_adapter(adapter_name, peft_config, width)
 
     def _candidate_of(self, key: str) -> Candidate | None:
         """The candidate of an MHA's name, or of its FFN's: an adapter's file holds weights under either."""
         if key in self._candidates:
             return self._candidates[key]
-        ffns = {f"{c.block}.{c.architecture.ffn}": c for c in self._candidates.values()}
-        return ffns.get(key)
+        # Weights in front of an FFN are named by how far inside its wrappers they are: the last MHA's come first.
+        ffn, *inside = key.split(".base_layer")
+        behind = [c for c in self._candidates.values() if join(c.block, c.architecture.ffn) == ffn]
+        depth = len(inside)
+        return behind[-1 - depth] if depth < len(behind) else None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -283,6 +293,15 @@ class EASModel(MergingTuner):
         config.num_skip = len(config.skipped_modules)
         for layer in self._adapted_layers():
             layer.drop_unused_adapter(self._active_name)
+
+
+def _wrapper_of(candidate: Candidate, layer: nn.Module) -> EASLayer | None:
+    """The wrapper among `layer` and those inside it that is `candidate`'s, or None."""
+    while isinstance(layer, EASLayer):
+        if layer.candidate is candidate:
+            return layer
+        layer = layer.base_layer
+    return None
 
 
 def _layer_idx(mha: nn.Module) -> int | None:

@@ -20,8 +20,11 @@ from transformers.cache_utils import Cache
 
 PROMPT_KEY = "eas_prompt"
 PROMPT_MASK_KEY = "eas_prompt_mask"
+_TOKENS = ("input_ids", "inputs_embeds")
 # Methods of a model that pack requests into one row (continuous batching).
 _PACKED = ("generate_batch", "init_continuous_batching")
+# Method of an encoder-decoder in which generate(), however it was reached, decides what the decoder starts with.
+_DECODER_START = "_prepare_decoder_input_ids_for_generation"
 
 
 class Prompt:
@@ -52,29 +55,37 @@ class Prompt:
             ValueError: if the mask is for another number of tokens or sequences than z has.
         """
         mask = self.mask
-        if mask is None:
-            return z.float().mean(1)
-        if mask.shape != z.shape[:2]:
+        if mask is not None and mask.shape != z.shape[:2]:
             raise ValueError(
                 f"The prompt mask has shape {tuple(mask.shape)}, but the layer computes {tuple(z.shape[:2])} "
                 f"(sequences, tokens). Pass {PROMPT_MASK_KEY}, a boolean tensor of that shape, or use "
                 "context='running', which needs no prompt."
             )
-        mask = mask.to(z.device)
-        return z.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return masked_mean(z, mask)
 
 
-def mask_from_labels(labels: torch.Tensor, attended: torch.Tensor | None) -> torch.Tensor:
+def masked_mean(z: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of z, (B, T, d), over the tokens where `mask`, (B, T), is True, or over all; in float32, (B, d)."""
+    if mask is None:
+        return z.float().mean(1)
+    mask = mask.to(z.device)
+    return z.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def mask_from_labels(labels: torch.Tensor, attended: torch.Tensor | None, shift: int = 0) -> torch.Tensor:
     """Prompt mask of a causal model in training: what is attended to before the first answer token.
 
     Args:
         labels: (B, T), −100 where no token is learnt. attended: (B, T) boolean, or None for no padding.
+        shift: how many tokens later than the label a decoder reads it: 0 for one that is given its labels among its
+            tokens, 1 behind an encoder.
 
     A sequence without a prompt has its first attended token in the prompt's place: it is never predicted, so nothing
     of the answer leaks.
     """
     attended = torch.ones_like(labels, dtype=torch.bool) if attended is None else attended
-    before_answer = attended & ((labels != -100).cumsum(1) == 0)
+    answered = nn.functional.pad((labels != -100).cumsum(1), (shift, 0))[:, : labels.shape[1]]
+    before_answer = attended & (answered == 0)
     first = attended & (attended.cumsum(1) == 1)
     return before_answer | first
 
@@ -95,6 +106,27 @@ def attended_tokens(attention_mask: Any, num_tokens: int) -> torch.Tensor | None
     return itself if itself.dtype == torch.bool else itself == 0
 
 
+def keys_attended_to(mask: Any, shape: tuple[int, int]) -> torch.Tensor | None:
+    """(B, S) boolean mask of the keys that any query attends to, from the mask that an attention is given.
+
+    Takes None (all), (B, S), and (B or 1, heads or 1, queries, S), boolean or additive. `shape` is (B, S).
+
+    Raises:
+        ValueError: for a mask of another form, such as flex attention's.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        raise ValueError(
+            f"context='prompt' cannot read an attention mask of type {type(mask).__name__}. Load the model with "
+            "attn_implementation='sdpa' or 'eager', or use context='running'."
+        )
+    if mask.dim() == 4:
+        mask = mask[:, 0]
+        mask = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(1)
+    return mask[:, : shape[1]].bool().expand(shape)
+
+
 class PromptHook:
     """Pre-hook on the base model that marks the prompt for the layers beneath.
 
@@ -112,25 +144,50 @@ class PromptHook:
         self.is_needed = is_needed
         self.answer_in_input = answer_in_input
         self.was_used = False
-        # What generate() was given, by thread, as servers run several.
+        # By thread, as servers run several: what generate() was given, and the prompt of the pass under way.
         self._generations: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._current: dict[int, Prompt] = {}
         self._warned = False
-        self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        self._handles = [
+            model.register_forward_pre_hook(self, with_kwargs=True),
+            model.register_forward_hook(self._forget_prompt),
+        ]
+        self._decodes_encoded = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         if hasattr(model, "generate"):
             model.generate = self._generate
+            if self._decodes_encoded:
+                setattr(model, _DECODER_START, self._note_decoder_start)
         for name in _PACKED:
             if hasattr(model, name):
                 setattr(model, name, functools.partial(self._refuse_packed, name))
 
     def remove(self) -> None:
         """Takes the hook off the model again."""
-        self._handle.remove()
-        for name in ("generate", *_PACKED):
+        for handle in self._handles:
+            handle.remove()
+        for name in ("generate", _DECODER_START, *_PACKED):
             self.model.__dict__.pop(name, None)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.generation(*args, **kwargs):
             return type(self.model).generate(self.model, *args, **kwargs)
+
+    def _note_decoder_start(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        tokens, rest = getattr(type(self.model), _DECODER_START)(self.model, *args, **kwargs)
+        self._generations[threading.get_ident()] = tokens, None
+        return tokens, rest
+
+    def current(self) -> Prompt | None:
+        """The prompt of the model's forward pass that is under way in this thread, or None outside of any."""
+        return None if torch.compiler.is_compiling() else self._current.get(threading.get_ident())
+
+    def _note_prompt(self, prompt: Prompt) -> None:
+        if not torch.compiler.is_compiling():
+            self._current[threading.get_ident()] = prompt
+
+    def _forget_prompt(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._current.pop(threading.get_ident(), None)
 
     def _refuse_packed(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self.is_needed():
@@ -143,14 +200,19 @@ class PromptHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self.was_used = True
         mask = kwargs.pop(PROMPT_MASK_KEY, None)
-        if PROMPT_KEY in kwargs or not self.is_needed():  # marked already by a model around this one
+        if PROMPT_KEY in kwargs:  # marked already by a model around this one
+            self._note_prompt(kwargs[PROMPT_KEY])
+            return args, kwargs
+        if not self.is_needed():
             return args, kwargs
         if mask is None:
             names = inspect.signature(module.forward).parameters if args else ()
             mask = functools.partial(self._mask, module, {**dict(zip(names, args)), **kwargs})
         else:
             mask = mask.bool()
-        return args, {**kwargs, PROMPT_KEY: Prompt(mask)}
+        prompt = Prompt(mask)
+        self._note_prompt(prompt)
+        return args, {**kwargs, PROMPT_KEY: prompt}
 
     @contextmanager
     def generation(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -174,7 +236,7 @@ class PromptHook:
             )
         thread = threading.get_ident()
         outer = self._generations.pop(thread, None)
-        if isinstance(tokens, torch.Tensor):
+        if isinstance(tokens, torch.Tensor) and not self._decodes_encoded:
             self._generations[thread] = (tokens, kwargs.get("attention_mask"))
         try:
             yield
@@ -184,17 +246,20 @@ class PromptHook:
                 self._generations[thread] = outer
 
     def _mask(self, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
-        tokens = next(
-            (inputs[key] for key in ("input_ids", "inputs_embeds") if isinstance(inputs.get(key), torch.Tensor)), None
-        )
+        labels, prefix, shift = inputs.get("labels"), "", 0
+        if self._decodes_encoded:
+            if any(isinstance(inputs.get(f"decoder_{key}"), torch.Tensor) for key in _TOKENS):
+                prefix, shift = "decoder_", 1
+            elif self.answer_in_input() and isinstance(labels, torch.Tensor):  # the model will shift them itself
+                return mask_from_labels(labels, None, shift=1)
+        tokens = next((inputs[prefix + k] for k in _TOKENS if isinstance(inputs.get(prefix + k), torch.Tensor)), None)
         if tokens is None:
             return None
         num_sequences, num_tokens = tokens.shape[:2]
-        attended = attended_tokens(inputs.get("attention_mask"), num_tokens)
+        attended = attended_tokens(inputs.get(f"{prefix}attention_mask"), num_tokens)
         if self.answer_in_input():
-            labels = inputs.get("labels")
             if isinstance(labels, torch.Tensor) and labels.shape == tokens.shape[:2]:
-                return mask_from_labels(labels, attended)
+                return mask_from_labels(labels, attended, shift)
             if module.training:
                 self._warn_without_labels()
         generation = self._generations.get(threading.get_ident())
@@ -270,9 +335,9 @@ def cached_length(cache: Cache | None, layer_idx: int | None) -> int:
     return 0 if cache is None or layer_idx is None else int(cache.get_seq_length(layer_idx))
 
 
-def read_context(cache: Cache | None, layer_idx: int, key: Hashable) -> torch.Tensor | None:
+def read_context(cache: Cache | None, layer_idx: int | None, key: Hashable) -> torch.Tensor | None:
     """What layer `layer_idx` keeps in `cache` under `key` for each sequence, shape (B, …), or None."""
-    if cache is None:
+    if cache is None or layer_idx is None:
         return None
     cache = getattr(cache, "self_attention_cache", cache)
     slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None

@@ -3,7 +3,7 @@
 Needs nothing but torch and transformers: it is a part of the file that a merged checkpoint carries.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class NoUpdate:
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _SUMS and len(args) == 2 and not kwargs and args[0].shape == args[1].shape:
             return args[1] if isinstance(args[0], cls) else args[0]
+        if func in _PRODUCTS and isinstance(args[1], cls) and args[0].shape == args[1].shape[-1:]:
+            return args[1]  # a scale of each channel
         if func is F.dropout and isinstance(args[0], cls):
             return args[0]
         return func(*_written_out(args), **dict(zip(kwargs or (), _written_out((kwargs or {}).values()))))
@@ -65,7 +67,18 @@ def _written_out(values: Iterable[Any]) -> tuple[Any, ...]:
     )
 
 
-_SUMS = {torch.add, torch.Tensor.add}
+_SUMS = {torch.add, torch.Tensor.add, torch.Tensor.add_}
+_PRODUCTS = {torch.Tensor.mul}
+
+
+def find_cache(args: Iterable[Any], kwargs: dict[str, Any]) -> Cache | None:
+    """The KV cache among the arguments of a call, whatever its name."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
+def skipped_return(update: Any, returns: Iterable[str | None] | None, kwargs: dict[str, Any]) -> Any:
+    """What a skipped MHA returns that adds `update`: alone, or in front of what `returns` names of its arguments."""
+    return update if returns is None else (update, *(kwargs.get(name) for name in returns))
 
 
 def skipped_output(hidden_states: torch.Tensor) -> NoUpdate | torch.Tensor:
@@ -139,16 +152,24 @@ class SkippedMHA(nn.Module):
     """Stands where a deleted MHA was. It has no parameters and computes nothing, but for a post-norm's kept norm.
 
     Args:
-        layer_idx: slot of the KV cache, or None for models without one.
+        layer_idx: slot of the KV cache, or None for models without one, and for a cross-attention.
         marker: name of the first weight of the deleted MHA; an empty tensor takes its place in the checkpoint.
         kept_norm: name of the norm inside the MHA that a post-norm block still applies, or None. norm: that norm.
+        returns: what the MHA returned behind its output: for each the argument that is handed on, or None; or None
+            as a whole if it returned its output alone.
     """
 
     def __init__(
-        self, layer_idx: int | None, marker: str, kept_norm: str | None = None, norm: nn.Module | None = None
+        self,
+        layer_idx: int | None,
+        marker: str,
+        kept_norm: str | None = None,
+        norm: nn.Module | None = None,
+        returns: Sequence[str | None] | None = (None,),
     ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.returns = returns
         self.kept_norm = kept_norm
         *parents, last = marker.split(".")
         _container(self, parents, Marker).register_buffer(last, torch.empty(0))
@@ -163,18 +184,15 @@ class SkippedMHA(nn.Module):
         """As `nn.Module.named_modules`, without the marker, whose place other methods would take for a projection."""
         return (item for item in super().named_modules(*args, **kwargs) if not isinstance(item[1], Marker))
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args: Any,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor | NoUpdate, None]:
-        """Returns (what the block adds to its residual, no attention weights); shapes as the deleted MHA's."""
-        advance_cache(past_key_values, self.layer_idx, hidden_states)
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the block adds to its residual, and no attention weights; shapes as the deleted MHA's."""
+        if self.layer_idx is not None:
+            advance_cache(find_cache(args, kwargs), self.layer_idx, hidden_states)
         if self.kept_norm is not None:
-            return self.get_submodule(self.kept_norm)(hidden_states), None
-        return skipped_output(hidden_states), None
+            update = self.get_submodule(self.kept_norm)(hidden_states)
+        else:
+            update = skipped_output(hidden_states)
+        return skipped_return(update, self.returns, kwargs)
 
 
 class Marker(nn.Module):
