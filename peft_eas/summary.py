@@ -2,9 +2,8 @@
 
 import copy
 import math
-import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,9 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, find_mhas
-from .checks import matches
-from .forward import ADAPTER_NAME
+from .architectures import Architecture, at_path, find_mhas, join
+from .checks import block_width, matches
 from .layer import AdaptedLayer, FFNLayer, MHALayer
 from .merged import relative_name
 from .provenance import added_parameters, is_same_mha, size_of
@@ -139,7 +137,8 @@ def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
 
     where the second term is the products of queries with keys and of attention weights with values. The whole model
     needs 2 × (weights of its linear layers, and of a mixture's experts those that a token is given to) and the second
-    term of every MHA. A tower without a candidate is left out there, for its tokens are others.
+    term of every MHA that the table of architectures knows. A tower without a candidate is left out there, for its
+    tokens are others.
 
     Args:
         model: a model with EAS adapters, of which the active one counts, or a merged one.
@@ -177,19 +176,21 @@ class _MHA:
     ) -> None:
         block = model.get_submodule(block_name)
         self.name, self.block_name, self.kind = name, block_name, row.kind
-        self.ffn_name = f"{block_name}.{row.ffn}".removeprefix(".")
+        self.ffn_name = join(block_name, row.ffn)
         # A wrapper lets the attributes of what it wraps shine through.
-        self.mha, self.ffn = _at_path(block, row.mha), _at_path(block, row.ffn)
+        self.mha, self.ffn = at_path(block, row.mha), at_path(block, row.ffn)
         self.parameters = self.deleted_parameters = self.product_flops = self.flops = self.biases = self.ffn_biases = 0
         self.is_deleted = isinstance(getattr(self.mha, "base_layer", self.mha), SkippedMHA)
         if self.is_deleted:
             return
-        inputs = [_at_path(block, path) for path in row.mha_projections]
+        inputs = [at_path(block, path) for path in row.mha_projections]
         self.biases = _missing_biases(inputs, added)
-        self.ffn_biases = _missing_biases([_at_path(block, path) for path in row.ffn_projections], added)
-        kept = size_of(_at_path(block, row.kept_norm), added) if row.kept_norm else 0
+        # Experts have no biases; one vector in front of them takes their place.
+        ffn_inputs = () if row.experts else (at_path(block, path) for path in row.ffn_projections)
+        self.ffn_biases = block_width(model, block_name, row) if row.experts else _missing_biases(ffn_inputs, added)
+        kept = size_of(at_path(block, row.kept_norm), added) if row.kept_norm else 0
         self.parameters = size_of(self.mha, added) - kept
-        norms = (_at_path(block, path) for path in row.deleted_norms)
+        norms = (at_path(block, path) for path in row.deleted_norms)
         self.deleted_parameters = self.parameters + sum(size_of(norm, added) for norm in norms)
         self.product_flops = self._product_flops(inputs, context_length)
         self.flops = 2 * _linear_weights(self.mha) + self.product_flops
@@ -198,7 +199,7 @@ class _MHA:
         # The output projection reads all heads; the queries' may be one with keys and values.
         others = [m for m in self.mha.modules() if _is_linear(m) and all(m is not one for one in inputs)]
         width = _features(others[-1])[0] if others else _features(inputs[0])[1]
-        window = getattr(self.mha, "sliding_window", _at_path(self.mha, "config.sliding_window"))
+        window = getattr(self.mha, "sliding_window", at_path(self.mha, "config.sliding_window"))
         return 4 * width * min(context_length, window or context_length)
 
     def summarized(
@@ -219,7 +220,8 @@ def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
     config = next(filter(None, (layer.candidate.configs.get(adapter_name) for layer in layers.values())))
     scores, added = config.current_scores or {}, added_parameters(model)
     parts = [_MHA(model, *found, context_length, added) for found in find_mhas(model)]
-    rows = []
+    rows: list[SummaryRow] = []
+    ffns_with_biases: set[str] = set()  # one FFN may stand behind several MHAs
     for part in parts:
         score, mha = scores.get(part.name), layers.get((MHALayer, part.name))
         if part.is_deleted:
@@ -230,7 +232,11 @@ def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
         else:
             is_skipped = adapter_name in mha.candidate.skipped_by
             adapter = (layers[FFNLayer, part.name] if is_skipped else mha).used_adapter(adapter_name)
-            biases = part.ffn_biases if is_skipped else part.biases
+            if is_skipped:
+                biases = 0 if part.ffn_name in ffns_with_biases else part.ffn_biases
+                ffns_with_biases.add(part.ffn_name)
+            else:
+                biases = part.biases
             left = (0, 0) if adapter is None else (size_of(adapter), biases)
             rows.append(part.summarized("skipped" if is_skipped else "kept", score, *left))
     return Summary(rows, size_of(model, added), _flops(model, parts, rows), context_length)
@@ -241,19 +247,24 @@ def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
     facts, base = record.get("origin") or {}, _before_merge(model)
     scores = facts.get("scores") or {}
     parts = [_MHA(base, *found, context_length, set()) for found in find_mhas(base)]
-    rows = []
+    rows: list[SummaryRow] = []
+    compared: set[str] = set()
     for part in parts:
         name = relative_name(base, part.name)
         candidate = next((c for c in facts.get("candidates") or [part.name] if is_same_mha(c, name)), None)
-        if name in record["skipped"]:
-            state, before, now = "deleted", part.ffn, model.get_submodule(part.ffn_name)
-        else:
-            state = "no target" if candidate is None else "kept"
-            before, now = part.mha, model.get_submodule(part.name)
-        adapters = [getattr(module, ADAPTER_NAME) for module in now.modules() if hasattr(module, ADAPTER_NAME)]
+        is_deleted = name in record["skipped"]
+        state = "deleted" if is_deleted else "no target" if candidate is None else "kept"
+        prefix = part.name.removesuffix(name)
+        own = [key for key, entry in record.get("adapters", {}).items() if entry["mha"] == name]
+        adapters = [model.get_submodule(prefix + key) for key in own]
+        path, before = (part.ffn_name, part.ffn) if is_deleted else (part.name, part.mha)
+        added = sum(map(size_of, adapters))
+        if not adapters and path not in compared:  # one FFN may stand behind several MHAs
+            added = size_of(model.get_submodule(path)) - size_of(before)
+            compared.add(path)
         # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
         flops = sum(2 * 2 * adapter.token_down.weight.numel() for adapter in adapters)
-        left = (sum(map(size_of, adapters)), size_of(now) - size_of(before), flops)
+        left = (sum(map(size_of, adapters)), added, flops)
         rows.append(part.summarized(state, scores.get(candidate), *left))
     return Summary(rows, size_of(base), _flops(base, parts, rows), context_length)
 
@@ -290,7 +301,7 @@ def _linear_weights(model: nn.Module, left_out: tuple[str, ...] = ()) -> int:
     return number
 
 
-def _missing_biases(projections: list[nn.Module], added: set[int]) -> int:
+def _missing_biases(projections: Iterable[nn.Module], added: set[int]) -> int:
     """How many numbers the fold adds to projections: a bias where the base has none."""
     without = (p for p in projections if p.bias is None or id(p.bias) in added)
     return sum(_features(projection)[1] for projection in without)
@@ -304,11 +315,3 @@ def _features(projection: nn.Module) -> tuple[int, int]:
     """Widths of what a projection reads and writes."""
     is_conv1d = isinstance(projection, Conv1D)
     return (projection.nx, projection.nf) if is_conv1d else (projection.in_features, projection.out_features)
-
-
-def _at_path(module: nn.Module, path: str) -> Any:
-    """What `path` leads to from `module`, or None."""
-    try:
-        return operator.attrgetter(path)(module)
-    except AttributeError:
-        return None
