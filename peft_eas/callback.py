@@ -21,6 +21,7 @@ from .trainer import (
     move_to_front,
     saved_record,
 )
+from .values import is_int, python_number
 
 logger = logging.getLogger(__name__)
 
@@ -80,24 +81,17 @@ class EASCallback(TrainerCallback, ExportableState):
         freeze_context_at: int | float | None = 0.8,
         seed: int | None = None,
     ) -> None:
-        check_search_values(score_temperature, score_lr, reward)
-        _check_steps("search_steps", search_steps)
-        _check_steps("warmup_steps", warmup_steps)
-        if freeze_context_at is not None:
-            _check_steps("freeze_context_at", freeze_context_at)
-        for name, value, least in (("interval", interval, 1), ("num_candidates", num_candidates, 2)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"EASCallback({name}={value!r}): {name} must be an integer of at least {least}.")
         self.reward: Reward = reward
-        self.search_steps = search_steps
-        self.warmup_steps = warmup_steps
-        self.interval = interval
-        self.num_candidates = num_candidates
-        self.score_lr = score_lr
-        self.score_temperature = score_temperature
+        self.search_steps = python_number(search_steps)
+        self.warmup_steps = python_number(warmup_steps)
+        self.interval = python_number(interval)
+        self.num_candidates = python_number(num_candidates)
+        self.score_lr = python_number(score_lr)
+        self.score_temperature = python_number(score_temperature)
         self.reward_dataset = reward_dataset
-        self.freeze_context_at = freeze_context_at
-        self.seed = seed
+        self.freeze_context_at = python_number(freeze_context_at)
+        self.seed = python_number(seed)
+        self._check_arguments()
         self._held_back: Any = None
         self._bandit: AttentionBandit | None = None
         self._reward_set: RewardSet | None = None
@@ -106,6 +100,27 @@ class EASCallback(TrainerCallback, ExportableState):
         self._warmup_end = self._search_end = 0
         self._freeze_step: int | None = None
         self._shown_phase: str | None = None
+
+    def _check_arguments(self) -> None:
+        check_search_values(self.score_temperature, self.score_lr, self.reward)
+        _check_steps("search_steps", self.search_steps)
+        _check_steps("warmup_steps", self.warmup_steps)
+        if self.freeze_context_at is not None:
+            _check_steps("freeze_context_at", self.freeze_context_at)
+        for name, least in (("interval", 1), ("num_candidates", 2)):
+            if not is_int(getattr(self, name), least):
+                raise ValueError(
+                    f"EASCallback({name}={getattr(self, name)!r}): {name} must be an integer of at least {least}."
+                )
+        if self.seed is not None and not is_int(self.seed):
+            raise ValueError(f"EASCallback(seed={self.seed!r}): seed must be an integer, or None for the Trainer's.")
+        data = self.reward_dataset
+        is_data = hasattr(data, "__getitem__") or hasattr(data, "__iter__")
+        if data is not None and (not is_data or isinstance(data, (str, bytes, dict))):
+            raise ValueError(
+                f"EASCallback(reward_dataset={data!r}): reward_dataset must be one dataset, such as Trainer takes for "
+                "training, or None."
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; see `transformers.trainer_callback.ExportableState`."""
@@ -352,7 +367,7 @@ def _is_frozen(eas: EASModel) -> bool:
 
 def _check_steps(name: str, value: Any) -> None:
     least = 0 if name == "warmup_steps" else 1
-    is_steps = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    is_steps = is_int(value, least)
     is_fraction = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0)
     if not (is_steps or is_fraction):
         raise ValueError(

@@ -139,7 +139,8 @@ class MergingTuner(BaseTuner):
             )
 
     def _name_to_merge(self, adapter_names: list[str] | None) -> str:
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else list(names)
         if len(names) != 1 or names[0] not in self.peft_config:
             raise ValueError(
                 f"EAS merges one adapter, but adapter_names={names} was received. Adapters: {list(self.peft_config)}."

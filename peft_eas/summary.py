@@ -18,6 +18,7 @@ from .layer import AdaptedLayer, FFNLayer, MHALayer
 from .merged import relative_name
 from .provenance import added_parameters, is_same_mha, size_of
 from .skipped import SkippedMHA
+from .values import is_int
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
     Raises:
         TypeError: for a model without EAS. ValueError: for a context_length below 1.
     """
-    if not isinstance(context_length, int) or isinstance(context_length, bool) or context_length < 1:
+    if not is_int(context_length, 1):
         raise ValueError(
             f"eas_summary(context_length={context_length!r}): context_length must be an integer of at least 1."
         )
