@@ -243,9 +243,10 @@ def _check_weights_file(folder: str) -> None:
     path = next(filter(os.path.isfile, paths), None)
     if path is None:
         return
+    kind = "safetensors" if path.endswith(SAFETENSORS_WEIGHTS_NAME) else "PyTorch"
     try:
         # By key, whether the numbers are of a floating-point type.
-        if path.endswith(SAFETENSORS_WEIGHTS_NAME):
+        if kind == "safetensors":
             with safe_open(path, framework="pt") as file:
                 floats = {key: file.get_slice(key).get_dtype().startswith(("F", "BF")) for key in file.keys()}  # noqa: SIM118
         else:
@@ -255,8 +256,8 @@ def _check_weights_file(folder: str) -> None:
             }
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); it is truncated or no file of weights, such as a safetensors file. "
-            "Copy or download the adapter again."
+            f"{path} cannot be read ({error}); it is truncated or not a {kind} file. Copy or download the adapter "
+            "again."
         ) from error
     advice = "Load it with the method that wrote it, or put the EAS adapter's own file in its place."
     own = [key for key in floats if ".eas_" in key]

@@ -76,7 +76,7 @@ class EASModel(MergingTuner):
         self._candidates = dict(sorted(self._candidates.items(), key=lambda item: order.index(item[0])))
 
     def _check_name_is_free(self, name: str, config: EASConfig, present: dict[str, Candidate]) -> None:
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"adapter_name={name!r} was received. Choose a name without dots that is no attribute of "
                 "torch.nn.ModuleDict, such as 'default'."
