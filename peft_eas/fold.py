@@ -2,7 +2,8 @@
 
 With its context m fixed, an adapter is an affine map of low rank, z → z + L (R z) + t. A projection (W, b) behind it
 becomes W' = W + (W L) R and b' = b + W t: two thin products, never a d × d matrix. Everything is accumulated in
-float32 and written where the weight lies.
+float32 and written where the weight lies. A quantised weight is dequantised, changed and quantised again; see
+quantised.py.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import RoutedAdapter
+from .quantised import (
+    Original,
+    dense_weight,
+    is_floating,
+    is_quantised,
+    restore,
+    set_aside,
+    value_dtype,
+    write_dense_weight,
+)
 
 # Weights below float32 are upcast in blocks of this many elements, so that folding never needs a copy of the weight.
 _BLOCK_ELEMENTS = 1 << 20
@@ -36,12 +47,14 @@ class FoldRecord:
     """What one fold added to a projection, enough to take it out again without a copy of the weight.
 
     Shapes: thin (d_out, r), right (r, d), bias (d_out,). `had_bias` tells whether the projection had one before.
+    `original` is what a quantised projection held, for quantising again does not give it back; else None.
     """
 
     thin: torch.Tensor
     right: torch.Tensor
     bias: torch.Tensor
     had_bias: bool
+    original: Original | None = None
 
 
 @torch.no_grad()
@@ -55,7 +68,8 @@ def check_projection(projection: nn.Module, name: str) -> None:
     """Raises unless `projection` is one that an adapter can be folded into.
 
     Raises:
-        TypeError: if the module is neither `nn.Linear` nor `Conv1D`, or if its weight is quantised.
+        TypeError: if the module is neither `nn.Linear` nor `Conv1D`, or if its weight is quantised in a way that
+            quantised.py does not know.
     """
     if not isinstance(projection, (nn.Linear, Conv1D)):
         raise TypeError(
@@ -64,10 +78,13 @@ def check_projection(projection: nn.Module, name: str) -> None:
             "first, or load the base model without quantisation."
         )
     weight = projection.weight
-    if not weight.is_floating_point() or type(weight.data) is not torch.Tensor:
+    if is_quantised(projection):
+        return
+    if not is_floating(weight.dtype) or type(weight) is not nn.Parameter:
         raise TypeError(
-            f"Cannot fold an adapter into {name}: its weight is quantised or sharded ({type(weight.data).__name__} "
-            f"of dtype {weight.dtype}). Load the base model in float32, float16 or bfloat16 on one device, load the "
+            f"Cannot fold an adapter into {name}: its weight is quantised or sharded ({type(weight).__name__} of "
+            f"dtype {weight.dtype}) in a way that cannot be written back; bitsandbytes' int8, NF4 and FP4 and "
+            "torchao's Int8Tensor can. Load the base model in float32, float16 or bfloat16 on one device, load the "
             "adapter on it with PeftModel.from_pretrained, and merge there."
         )
 
@@ -76,8 +93,10 @@ def check_projection(projection: nn.Module, name: str) -> None:
 def fold(projection: nn.Module, update: LowRankMap) -> FoldRecord:
     """Folds `update` into `projection` in place, creates its bias where it has none, and returns what was added.
 
-    Use `fold_is_finite` first where a NaN must not reach the weights.
+    A quantised weight is a dense float32 one meanwhile, and then quantised anew. Use `fold_is_finite` first where a
+    NaN must not reach the weights.
     """
+    original = set_aside(projection) if is_quantised(projection) else None
     weight, update = _out_by_in(projection), update.to(projection.weight.device)
     columns = torch.cat([update.left, update.shift[:, None]], dim=1)
     thin = columns.new_empty(weight.shape[0], columns.shape[1] - 1)
@@ -87,17 +106,23 @@ def fold(projection: nn.Module, update: LowRankMap) -> FoldRecord:
         product = weight[rows].float() @ columns
         thin[rows], bias[rows] = product[:, :-1], product[:, -1]
         _add_product(weight[rows], thin[rows], update.right)
+    if original is not None:
+        write_dense_weight(projection, weight)
     had_bias = projection.bias is not None
     if had_bias:
         projection.bias.copy_(projection.bias.float() + bias)
     else:
-        projection.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=projection.weight.requires_grad)
-    return FoldRecord(thin, update.right, bias, had_bias)
+        dtype = weight.dtype if original is None else value_dtype(projection)
+        projection.bias = nn.Parameter(bias.to(dtype), requires_grad=projection.weight.requires_grad)
+    return FoldRecord(thin, update.right, bias, had_bias, original)
 
 
 @torch.no_grad()
 def unfold(projection: nn.Module, record: FoldRecord) -> None:
-    """Takes one fold out of `projection` again, to the rounding of the weight's dtype."""
+    """Takes one fold out of `projection` again, to the rounding of the weight's dtype; exactly if it is quantised."""
+    if record.original is not None:
+        restore(projection, record.original)
+        return
     weight = _out_by_in(projection)
     for rows in _row_blocks(weight):
         _add_product(weight[rows], -record.thin[rows].to(weight.device), record.right.to(weight.device))
@@ -110,19 +135,22 @@ def unfold(projection: nn.Module, record: FoldRecord) -> None:
 @torch.no_grad()
 def fold_is_finite(projection: nn.Module, update: LowRankMap) -> bool:
     """Whether folding `update` would leave a weight and a bias without NaN and infinity. Changes nothing."""
+    dtype = value_dtype(projection) if is_quantised(projection) else projection.weight.dtype
     weight, update = _out_by_in(projection), update.to(projection.weight.device)
     bias = weight.new_zeros(weight.shape[0]) if projection.bias is None else projection.bias
     for rows in _row_blocks(weight):
         block = weight[rows].float()
         folded = block.addmm(block @ update.left, update.right)
         folded_bias = bias[rows].float() + block @ update.shift
-        if not all(bool(torch.isfinite(t.to(weight.dtype)).all()) for t in (folded, folded_bias)):
+        if not all(bool(torch.isfinite(t.to(dtype)).all()) for t in (folded, folded_bias)):
             return False
     return True
 
 
 def _out_by_in(projection: nn.Module) -> torch.Tensor:
-    """The weight as a view of shape (d_out, d), whichever way the projection stores it."""
+    """The weight as a view of shape (d_out, d), whichever way the projection stores it; of a quantised one a copy."""
+    if is_quantised(projection):
+        return dense_weight(projection)
     return projection.weight.data.T if isinstance(projection, Conv1D) else projection.weight.data
 
 

@@ -18,6 +18,7 @@ from .config import EASConfig
 from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
 from .forward import replace_hidden_states
 from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
+from .quantised import is_floating
 from .skipped import advance_cache, skipped_output
 
 
@@ -234,7 +235,7 @@ class AdaptedLayer(EASLayer):
         """Raises if the adapter `adapter_name` cannot be folded, or with `finite` if it would leave a NaN.
 
         Raises:
-            TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN or an infinity.
+            TypeError: for a projection that `check_projection` refuses. ValueError: for a NaN or an infinity.
         """
         update = self.low_rank_map(adapter_name)
         for name, projection in self.projections.items() if update is not None else ():
@@ -276,7 +277,7 @@ class AdaptedLayer(EASLayer):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         parameters = list(base_layer.parameters())
-        dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+        dtype = next((p.dtype for p in parameters if is_floating(p.dtype)), None)  # float8 is no dtype to train in
         return (parameters[0].device if parameters else None), dtype
 
 

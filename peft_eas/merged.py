@@ -101,7 +101,8 @@ def _keep_adapter(
     weight = next(module.parameters(), None)
     if weight is None:
         raise ValueError(_misfit(model, "an adapter's module"))
-    module.add_module(ADAPTER_NAME, adapter.to(weight.device, weight.dtype))
+    dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else model.dtype  # quantised
+    module.add_module(ADAPTER_NAME, adapter.to(weight.device, dtype))
     prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["of_text"])
     skipped = record["skipped"].get(entry["skipped_mha"])
     if skipped is not None and skipped["branch"] is not None:
