@@ -18,7 +18,7 @@ from .config import EASConfig
 from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
 from .forward import replace_hidden_states
 from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
-from .quantised import is_floating
+from .quantised import is_floating, is_quantised
 from .skipped import advance_cache, skipped_output
 
 
@@ -246,6 +246,10 @@ class AdaptedLayer(EASLayer):
                     f"Folding the EAS adapter {adapter_name!r} would put NaN or infinity into {full_name}. Nothing "
                     "was changed. Train again with a lower learning rate, or merge in a wider dtype."
                 )
+
+    def folds_into_quantised(self, adapter_name: str) -> bool:
+        """Whether folding the adapter `adapter_name` quantises a projection anew."""
+        return self.used_adapter(adapter_name) is not None and any(map(is_quantised, self.projections.values()))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Folds the one adapter of `adapter_names`, by default the one in force, unless one is folded already."""
