@@ -2,7 +2,8 @@
 
 With its context m fixed, an adapter is an affine map of low rank, z → z + L (R z) + t. A projection (W, b) behind it
 becomes W' = W + (W L) R and b' = b + W t: two thin products, never a d × d matrix. Everything is accumulated in
-float32 and written where the weight lies.
+float32 and written where the weight lies. A quantised weight is dequantised, changed and quantised again; see
+quantised.py.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import RoutedAdapter
+from .quantised import (
+    Original,
+    dense_weight,
+    is_floating,
+    is_quantised,
+    restore,
+    set_aside,
+    value_dtype,
+    write_dense_weight,
+)
 
 # Weights below float32 are upcast in blocks of this many elements, so that folding never needs a copy of the weight.
 _BLOCK_ELEMENTS = 1 << 20
@@ -51,13 +62,15 @@ class FoldRecord:
     """What one fold added to a projection, enough to take it out again without a copy of the weight.
 
     Shapes: thin (d_out, r), one per expert where there are several; right (r, d); bias (d_out,), or None where it was
-    left out. `had_bias` tells whether the projection had one before.
+    left out. `had_bias` tells whether the projection had one before. `original` is what a quantised projection held,
+    for quantising again does not give it back; else None.
     """
 
     thin: tuple[torch.Tensor, ...]
     right: torch.Tensor
     bias: torch.Tensor | None
     had_bias: bool
+    original: Original | None = None
 
 
 @torch.no_grad()
@@ -71,7 +84,8 @@ def check_projection(projection: Projection, name: str, with_bias: bool = True) 
     """Raises unless `projection` is one that an adapter can be folded into; without a bias, any weight will do.
 
     Raises:
-        TypeError: if the module is neither `nn.Linear` nor `Conv1D`, or if its weight is quantised.
+        TypeError: if the module is neither `nn.Linear` nor `Conv1D`, or if its weight is quantised in a way that
+            quantised.py does not know.
     """
     if with_bias and not isinstance(projection, (nn.Linear, Conv1D)):
         raise TypeError(
@@ -80,10 +94,13 @@ def check_projection(projection: Projection, name: str, with_bias: bool = True) 
             "first, or load the base model without quantisation."
         )
     weight = projection.weight
-    if not weight.is_floating_point() or type(weight.data) is not torch.Tensor:
+    if is_quantised(projection):
+        return
+    if not is_floating(weight.dtype) or type(weight) is not nn.Parameter:
         raise TypeError(
-            f"Cannot fold an adapter into {name}: its weight is quantised or sharded ({type(weight.data).__name__} "
-            f"of dtype {weight.dtype}). Load the base model in float32, float16 or bfloat16 on one device, load the "
+            f"Cannot fold an adapter into {name}: its weight is quantised or sharded ({type(weight).__name__} of "
+            f"dtype {weight.dtype}) in a way that cannot be written back; bitsandbytes' int8, NF4 and FP4 and "
+            "torchao's Int8Tensor can. Load the base model in float32, float16 or bfloat16 on one device, load the "
             "adapter on it with PeftModel.from_pretrained, and merge there."
         )
 
@@ -93,12 +110,14 @@ def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> 
     """Folds `update` into `projection` in place, creates its bias where it has none, and returns what was added.
 
     Where the projection cannot have a bias (`with_bias=False`), the vector of `shift_before` belongs in front of it.
-    Use `fold_is_finite` first where a NaN must not reach the weights.
+    A quantised weight is a dense float32 one meanwhile, and then quantised anew. Use `fold_is_finite` first where a
+    NaN must not reach the weights.
     """
-    update = update.to(projection.weight.device)
+    original = set_aside(projection) if is_quantised(projection) else None
+    weights, update = _out_by_in(projection), update.to(projection.weight.device)
     columns = torch.cat([update.left, update.shift[:, None]], dim=1)
     thins = []
-    for weight in _out_by_in(projection):
+    for weight in weights:
         thin = columns.new_empty(weight.shape[0], columns.shape[1] - 1)
         bias = columns.new_empty(weight.shape[0])
         for rows in _row_blocks(weight):  # each is read from memory once
@@ -107,14 +126,17 @@ def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> 
             thin[rows], bias[rows] = product[:, :-1], product[:, -1]
             _add_product(weight[rows], thin[rows], update.right)
         thins.append(thin)
+    if original is not None:
+        write_dense_weight(projection, weights[0])
     if not with_bias:
-        return FoldRecord(tuple(thins), update.right, None, had_bias=False)
+        return FoldRecord(tuple(thins), update.right, None, had_bias=False, original=original)
     had_bias = projection.bias is not None
     if had_bias:
         projection.bias.copy_(projection.bias.float() + bias)
     else:
-        projection.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=projection.weight.requires_grad)
-    return FoldRecord(tuple(thins), update.right, bias, had_bias)
+        dtype = weights[0].dtype if original is None else value_dtype(projection)
+        projection.bias = nn.Parameter(bias.to(dtype), requires_grad=projection.weight.requires_grad)
+    return FoldRecord(tuple(thins), update.right, bias, had_bias, original)
 
 
 @torch.no_grad()
@@ -141,7 +163,10 @@ def shift_before(update: LowRankMap) -> torch.Tensor:
 
 @torch.no_grad()
 def unfold(projection: Projection, record: FoldRecord) -> None:
-    """Takes one fold out of `projection` again, to the rounding of the weight's dtype."""
+    """Takes one fold out of `projection` again, to the rounding of the weight's dtype; exactly if it is quantised."""
+    if record.original is not None:
+        restore(projection, record.original)
+        return
     for weight, thin in zip(_out_by_in(projection), record.thin):
         for rows in _row_blocks(weight):
             _add_product(weight[rows], -thin[rows].to(weight.device), record.right.to(weight.device))
@@ -156,24 +181,28 @@ def unfold(projection: Projection, record: FoldRecord) -> None:
 @torch.no_grad()
 def fold_is_finite(projection: Projection, update: LowRankMap) -> bool:
     """Whether folding `update` would leave a weight and a bias without NaN and infinity. Changes nothing."""
+    dtype = value_dtype(projection) if is_quantised(projection) else projection.weight.dtype
     update = update.to(projection.weight.device)
     for weight in _out_by_in(projection):
-        bias = weight.new_zeros(weight.shape[0]) if getattr(projection, "bias", None) is None else projection.bias
+        bias = getattr(projection, "bias", None)
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         for rows in _row_blocks(weight):
             block = weight[rows].float()
             folded = block.addmm(block @ update.left, update.right)
             folded_bias = bias[rows].float() + block @ update.shift
-            if not all(bool(torch.isfinite(t.to(weight.dtype)).all()) for t in (folded, folded_bias)):
+            if not all(bool(torch.isfinite(t.to(dtype)).all()) for t in (folded, folded_bias)):
                 return False
     return True
 
 
 def _out_by_in(projection: Projection) -> list[torch.Tensor]:
-    """The weights as views of shape (d_out, d), whichever way the projection stores them: one, or one per expert."""
+    """The weight as a view of shape (d_out, d), however it is stored; one per expert; of a quantised one a copy."""
+    if is_quantised(projection):
+        return [dense_weight(projection)]
     weight = projection.weight.data
-    if weight.dim() == 2:
-        return [weight.T if isinstance(projection, Conv1D) else weight]
-    return [expert.T if projection.transposed else expert for expert in weight]
+    if isinstance(projection, ExpertWeights):
+        return [expert.T if projection.transposed else expert for expert in weight]
+    return [weight.T if isinstance(projection, Conv1D) else weight]
 
 
 def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:

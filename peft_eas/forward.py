@@ -124,9 +124,9 @@ class Carrier:
             return self._calls.pop(threading.get_ident())
         except KeyError:
             raise RuntimeError(
-                "An FFN with an adapter that takes each prompt's context was called without the attention in front of "
-                "it. It cannot be copied or called on its own (PEFT's modules_to_save does); leave it out, or merge "
-                "the model with a frozen context."
+                "An FFN with an adapter that takes each prompt's context was called without the deleted attention in "
+                "front of it. It cannot be copied or called on its own (PEFT's modules_to_save does); leave it out, "
+                "or merge the model with a frozen context."
             ) from None
 
 

@@ -28,6 +28,7 @@ from .fold import (
 )
 from .forward import Attended, Call, replace_hidden_states
 from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
+from .quantised import is_floating, is_quantised
 from .skipped import advance_cache, skipped_output, skipped_return
 
 
@@ -279,7 +280,7 @@ class AdaptedLayer(EASLayer):
         """Raises if the adapter `adapter_name` cannot be folded, or with `finite` if it would leave a NaN.
 
         Raises:
-            TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN or an infinity.
+            TypeError: for a projection that `check_projection` refuses. ValueError: for a NaN or an infinity.
         """
         update = self.low_rank_map(adapter_name)
         if update is not None and self.has_experts:
@@ -292,6 +293,10 @@ class AdaptedLayer(EASLayer):
                     f"Folding the EAS adapter {adapter_name!r} would put NaN or infinity into {full_name}. Nothing "
                     "was changed. Train again with a lower learning rate, or merge in a wider dtype."
                 )
+
+    def folds_into_quantised(self, adapter_name: str) -> bool:
+        """Whether folding the adapter `adapter_name` quantises a projection anew."""
+        return self.used_adapter(adapter_name) is not None and any(map(is_quantised, self.projections.values()))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Folds the one adapter of `adapter_names`, by default the one in force, unless one is folded already."""
@@ -329,7 +334,7 @@ class AdaptedLayer(EASLayer):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         parameters = list(base_layer.parameters())
-        dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+        dtype = next((p.dtype for p in parameters if is_floating(p.dtype)), None)  # float8 is no dtype to train in
         return (parameters[0].device if parameters else None), dtype
 
 

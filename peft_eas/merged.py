@@ -137,7 +137,8 @@ def _keep_adapter(
     weight = next(module.parameters(), None)
     if weight is None:
         raise ValueError(_misfit(model, entry["module"]))
-    module.add_module(entry["name"], adapter.to(weight.device, weight.dtype))
+    dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else model.dtype  # quantised
+    module.add_module(entry["name"], adapter.to(weight.device, dtype))
     prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["tokens"])
     skipped = record["skipped"].get(entry["mha"])
     if skipped is not None and skipped["branch"] is not None:

@@ -57,6 +57,9 @@ class MergingTuner(BaseTuner):
     ) -> nn.Module:
         """Deletes the skipped MHAs, and folds the adapters into the weights in place.
 
+        A quantised projection is dequantised, folded into and quantised again, one at a time; what no adapter reaches
+        stays as it is.
+
         Args:
             safe_merge: whether to look for NaN and infinity first. adapter_names: the one adapter to merge, by default
                 the active one.
@@ -65,8 +68,9 @@ class MergingTuner(BaseTuner):
                 the projections, as two thin factors that each prompt decides once; exact for any batch.
 
         Raises:
-            TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN; for adapter names
-                or a context that do not fit; if everything is merged or unloaded already.
+            TypeError: for a projection that is sharded, of another kind, or quantised in a way that cannot be written
+                back. ValueError: for a NaN; for adapter names or a context that do not fit; if everything is merged
+                or unloaded already.
         """
         return self._unload_and_optionally_merge(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, context=context
@@ -156,9 +160,17 @@ class MergingTuner(BaseTuner):
                 "merge_and_unload(context='prompt') for a model that keeps each prompt's own context.",
                 stacklevel=2,
             )
-        for layer in self._adapted_layers():
-            if not layer.merged and name in layer.candidate.configs:
-                layer.check_fold(name, finite)
+        layers = [layer for layer in self._adapted_layers() if not layer.merged and name in layer.candidate.configs]
+        for layer in layers:
+            layer.check_fold(name, finite)
+        if any(layer.folds_into_quantised(name) for layer in layers):
+            warnings.warn(
+                f"The EAS adapter {name!r} is folded into quantised weights, which are quantised anew: the merged "
+                "model's outputs differ from this one's by about the error of the quantisation itself. For an exact "
+                "merge call get_base_model().dequantize(dtype=torch.bfloat16) on this model first, where transformers "
+                "can, or load the adapter on the base model without quantisation.",
+                stacklevel=2,
+            )
 
 
 def record_of_fold(

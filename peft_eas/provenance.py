@@ -111,7 +111,7 @@ def _is_of(adapter_name: str, name: str) -> bool:
 
 
 def _size(tensor: torch.Tensor) -> int:
-    if type(tensor).__name__ == "Params4bit":  # bitsandbytes packs two numbers into a byte
+    if type(tensor).__name__ == "Params4bit":  # bitsandbytes packs two values into a byte
         return 2 * tensor.numel() * tensor.element_size()
     return getattr(tensor, "ds_numel", tensor.numel())  # DeepSpeed's ZeRO-3 leaves empty ones behind
 

@@ -137,6 +137,19 @@ def _parts(model: PreTrainedModel) -> Exportable:
     config, skipped = model.config, _skipped(model.config)
     markers = tuple(f"model.layers.{i}.self_attn." for i in skipped)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(markers)}
+    types = sorted(
+        {
+            str(value.dtype) if type(value) is torch.Tensor else type(value).__name__
+            for value in weights.values()
+            if value.dtype not in DTYPES or value.is_meta or type(value) is not torch.Tensor
+        }
+    )
+    if types:
+        raise ValueError(
+            f"The export needs weights in memory, in float32, float16 or bfloat16, but some are {', '.join(types)} or "
+            "offloaded. Load the model without offloading; if it is quantised, call its dequantize() first, or merge "
+            "into a base without quantisation."
+        )
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     if tied:
         weights.pop("lm_head.weight")
@@ -146,12 +159,6 @@ def _parts(model: PreTrainedModel) -> Exportable:
         raise ValueError(
             f"The merged model has or lacks weights that a {type(model).__name__} should not: {misfits[:5]}. Pass the "
             "model as merge_and_unload() returned it, without other adapters."
-        )
-    types = sorted({str(value.dtype) for value in weights.values() if value.dtype not in DTYPES or value.is_meta})
-    if types:
-        raise ValueError(
-            f"The export needs weights in memory, in float32, float16 or bfloat16, but some are {', '.join(types)} or "
-            "offloaded. Load the model without quantization and without offloading."
         )
     return Exportable(config, model.generation_config, weights, skipped, _rope_factors(model), tied)
 

@@ -1,0 +1,306 @@
+"""Every row of the table of architectures, on a tiny model of its family; prints one line per family.
+
+What holds for any architecture (training, resuming, bad input, ...) is tested elsewhere on a few of them.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import difference
+from families import ARCHITECTURES, SPECIAL_TOKENS, Family
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from peft_eas import EASConfig
+from peft_eas.architectures import at_path, find_mhas
+from peft_eas.merged import merged_model_class
+
+NAMES = list(ARCHITECTURES)
+MIXTURES = [name for name, family in ARCHITECTURES.items() if "expert" in repr(family.config())]
+# Of a model's outputs, the first that it has.
+KEYS = ("logits", "logits_per_image", "pooler_output", "last_hidden_state")
+GENERATING = [name for name, family in ARCHITECTURES.items() if family.kind != "encoder"]
+DECODERS = [name for name, family in ARCHITECTURES.items() if family.kind == "decoder"]
+# By what is skipped: of the candidates, in the model's order.
+SKIPS = {
+    "first": lambda names: names[:1],
+    "last": lambda names: names[-1:],
+    "some": lambda names: names[::2],
+    "others": lambda names: names[1::2],
+    "all": lambda names: names,
+}
+
+
+def candidates(family: Family, model: PreTrainedModel, on_request: bool) -> list[str]:
+    """Full names of the targets: by default, or on request."""
+    pattern = family.on_request if on_request else None
+    config = EASConfig(num_skip=0, target_modules=pattern)
+    return get_peft_model(model, config).base_model.candidates
+
+
+def make(family: Family, skip: str | None, context: str = "running", on_request: bool = False, **options) -> PeftModel:
+    """The family's model with adapters that are not the identity, and running contexts that have seen two batches."""
+    names = candidates(family, family.build(), on_request)
+    defaults = {"r": 8, "attention_r": 4, "dropout": 0.0, "init_weights": False, "task_type": family.task_type}
+    torch.manual_seed(1)
+    config = EASConfig(
+        **{**defaults, **options},
+        skipped_modules=SKIPS[skip](names) if skip else [],
+        target_modules=names,
+    )
+    model = get_peft_model(family.build(), config)
+    for seed in (100, 101):
+        with torch.no_grad():
+            model.train()(**labelled(family, family.make_inputs(seed=seed)))
+    if context == "running":
+        model.base_model.freeze_context()
+    return model.eval()
+
+
+def labelled(family: Family, inputs: dict) -> dict:
+    """The inputs with labels whose first four tokens are no answer, where labels are tokens."""
+    if family.kind == "encoder":
+        return inputs
+    labels = inputs.get("decoder_input_ids", inputs.get("input_ids")).clone()
+    labels[:, :4] = -100
+    if family.model_class.startswith("PaliGemma"):  # its prompt is not causal; these tell what is
+        inputs = {**inputs, "token_type_ids": (labels != -100).long()}
+    return {**inputs, "labels": labels}
+
+
+@torch.no_grad()
+def output(model: nn.Module, inputs: dict) -> torch.Tensor:
+    """All that the model says to `inputs`, in one row per sample."""
+    torch.manual_seed(0)  # ViLT draws the order of an image's patches
+    result = model(**inputs)
+    return next(result[key] for key in KEYS if result.get(key) is not None)
+
+
+def merge(model: PeftModel, context: str) -> PreTrainedModel:
+    """The model merged so that it computes what it did."""
+    return model.merge_and_unload(context=context)
+
+
+def calls(model: nn.Module, modules: list[nn.Module], inputs: dict) -> int:
+    """How often any of `modules` is called."""
+    count = 0
+
+    def add(*_):
+        nonlocal count
+        count += 1
+
+    handles = [module.register_forward_hook(add) for module in modules]
+    output(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return count
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """What computes anything: the modules with weights of their own."""
+    return [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+
+
+SIDES = [(name, False) for name in NAMES] + [(name, True) for name in NAMES if ARCHITECTURES[name].on_request]
+IDS = [name + (" (vision)" if on_request else "") for name, on_request in SIDES]
+sides = pytest.mark.parametrize(("name", "on_request"), SIDES, ids=IDS)
+
+
+@sides
+def test_finds_its_mhas_and_starts_as_the_base(name, on_request):
+    family = ARCHITECTURES[name]
+    inputs = family.make_inputs()
+    expected = output(family.build(), inputs)
+    base = family.build()
+    names = candidates(family, family.build(), on_request)
+    model = get_peft_model(base, EASConfig(num_skip=1, target_modules=names, r=8, attention_r=4)).eval()
+    assert names
+    if not on_request:
+        assert len(names) == family.num_candidates
+    assert torch.equal(output(model, inputs), expected)
+    model.base_model.set_skipped_modules(names)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), expected)
+    assert torch.equal(output(model.unload(), inputs), expected)
+
+
+@sides
+@pytest.mark.parametrize("skip", SKIPS)
+def test_a_new_adapter_is_the_base_without_the_skipped_mhas(name, on_request, skip):
+    family = ARCHITECTURES[name]
+    inputs = family.make_inputs()
+    base, bare = family.build(), family.build()
+    names = candidates(family, family.build(), on_request)
+    skipped = SKIPS[skip](names)
+    rows = {mha: row for mha, _, row in find_mhas(bare)}
+    for mha in skipped:
+
+        def nothing(module, args, kwargs, result, row=rows[mha]):
+            z = args[0] if args else kwargs["hidden_states"]
+            kept_norm = row.kept_norm and at_path(module, row.kept_norm.removeprefix(f"{row.mha}."))
+            update = kept_norm(z) if kept_norm else torch.zeros_like(z)
+            return (update, *result[1:]) if isinstance(result, tuple) else update
+
+        bare.get_submodule(mha).register_forward_hook(nothing, with_kwargs=True)
+    expected = output(bare, inputs)
+
+    config = EASConfig(skipped_modules=skipped, target_modules=names, r=8, attention_r=4)
+    model = get_peft_model(base, config).eval()
+    unused = [leaf for mha in skipped for leaf in leaves(_base_mha(model, mha)) if not _is_norm(leaf)]
+    assert difference(output(model, inputs), expected) <= 1e-5
+    assert calls(model, unused, inputs) == 0
+
+
+def _base_mha(model: PeftModel, name: str) -> nn.Module:
+    return model.base_model.model.get_submodule(name).base_layer
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
+@sides
+@pytest.mark.parametrize("skip", ["first", "some", "others", "all"])
+@pytest.mark.parametrize("context", ["running", "prompt"])
+def test_merge_is_exact_saved_and_reloaded(name, on_request, skip, context, tmp_path, record_property):
+    family = ARCHITECTURES[name]
+    inputs = family.make_inputs(batch=3, seed=1)
+    model = make(family, skip, context, on_request)
+    expected = output(model, inputs)
+    merged = merge(model, context)
+    actual = output(merged, inputs)
+    record_property("merge", difference(actual, expected))
+    assert difference(actual, expected) <= 1e-5
+
+    merged.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.model_type == f"eas_{family.config().model_type}"
+    stock = getattr(transformers, family.model_class)
+    loaded = merged_model_class(stock).from_pretrained(tmp_path, config=config)
+    assert torch.equal(output(loaded.eval(), inputs), actual)
+    with pytest.raises((ValueError, RuntimeError)):
+        stock.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("context", ["running", "prompt"])
+def test_generates_alike_with_and_without_cache_padding_and_adapters(name, context):
+    family = ARCHITECTURES[name]
+    model = make(family, "some", context)
+    inputs = family.make_inputs(length=9)
+    inputs.pop("decoder_input_ids", None)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    if family.kind == "decoder":
+        settings["suppress_tokens"] = SPECIAL_TOKENS
+    expected = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, use_cache=False), expected)
+    beams = model.generate(**inputs, **settings, num_beams=2)
+    merged = merge(model, context)
+    assert torch.equal(merged.generate(**inputs, **settings), expected)
+    assert torch.equal(merged.generate(**inputs, **settings, num_beams=2), beams)
+    if "input_ids" not in inputs:
+        return
+
+    text = {"input_ids": inputs["input_ids"].clamp(3, 56), "attention_mask": inputs["attention_mask"]}
+    length = text["input_ids"].shape[1]
+    # The positions of an encoder are not those of its tokens, so that it is padded on the right.
+    sides, start = ((3, 0), length) if family.kind == "decoder" else ((0, 3), 0)
+    alone = merged.generate(**text, **settings)
+    padded = merged.generate(**{key: nn.functional.pad(value, sides) for key, value in text.items()}, **settings)
+    assert torch.equal(padded[:, start and start + 3 :], alone[:, start:])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("skip", ["some", "all"])
+def test_no_answer_token_changes_a_logit_before_it(name, skip):
+    family = ARCHITECTURES[name]
+    model = make(family, skip, "prompt")
+    inputs = labelled(family, family.make_inputs())
+    changed = {key: value.clone() for key, value in inputs.items()}
+    changed["input_ids"][:, -3] = changed["labels"][:, -3] = 5
+    before, after = (output(model, given)[:, :-3] for given in (inputs, changed))
+    # The tokens that one expert computes are one matrix product, whose sums depend on their number.
+    assert difference(after, before) <= (1e-5 if name in MIXTURES else 0)
+
+
+@pytest.mark.parametrize("name", [n for n in GENERATING if n not in DECODERS])
+def test_no_answer_token_of_a_decoder_behind_an_encoder_changes_a_logit_before_it(name):
+    family = ARCHITECTURES[name]
+    model = make(family, "some", "prompt")
+    inputs = labelled(family, family.make_inputs())
+    changed = {key: value.clone() for key, value in inputs.items()}
+    changed["labels"][:, 4] = 5
+    changed["decoder_input_ids"][:, 5] = 5  # a label is read one token later
+    before, after = (output(model, given)[:, :5] for given in (inputs, changed))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "input_ids" in ARCHITECTURES[n].make_inputs()])
+def test_padding_changes_nothing(name):
+    family = ARCHITECTURES[name]
+    model = make(family, "some", "prompt")
+    inputs = family.make_inputs()
+    padded = {
+        key: nn.functional.pad(value, (0, 3)) if key in ("input_ids", "attention_mask", "mm_token_type_ids") else value
+        for key, value in inputs.items()
+    }
+    base = family.build()
+
+    def change(model: nn.Module) -> float:
+        expected, actual = output(model, inputs), output(model, padded)
+        if family.kind == "decoder" or "TokenClassification" in family.model_class:
+            actual = actual[:, : expected.shape[1]]
+        return difference(actual, expected)
+
+    if change(base) > 1e-5:
+        pytest.skip("padding changes what the stock model says")
+    assert change(model) <= 1e-5
+
+
+@sides
+def test_every_adapter_in_use_learns(name, on_request):
+    family = ARCHITECTURES[name]
+    model = make(family, "some", "prompt", on_request).train()
+    result = model(**labelled(family, family.make_inputs()))
+    value = next(result[key] for key in ("loss", *KEYS) if result.get(key) is not None)
+    value.float().pow(2).sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    silent = [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]
+    assert not silent
+
+
+_WORKER = """
+import json, sys, torch, transformers
+for folder in sys.argv[1:]:
+    inputs, expected, auto, keys = torch.load(folder + "/expected.pt")
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        result = model(**inputs)
+    actual = next(result[key] for key in keys if result.get(key) is not None)
+    assert torch.equal(actual, expected), (folder, (actual - expected).abs().max())
+assert not any(name.startswith("peft_eas") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("context", ["running", "prompt"])
+def test_checkpoints_of_all_families_load_without_the_package(context, tmp_path):
+    folders = []
+    for number, family in enumerate(ARCHITECTURES.values()):
+        folder = tmp_path / f"{number}"
+        merged = merge(make(family, "some", context), context)
+        merged.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        autos = [auto for auto, target in config["auto_map"].items() if target.endswith(f".{type(merged).__name__}")]
+        inputs = family.make_inputs()
+        torch.save((inputs, output(merged, inputs), autos[0], KEYS), folder / "expected.pt")
+        folders.append(str(folder))
+    run = [sys.executable, "-c", _WORKER, *folders]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
