@@ -273,8 +273,11 @@ def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
 def _before_merge(model: PreTrainedModel) -> PreTrainedModel:
     """The base of a merged model, without values."""
     stock = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not hasattr(c, "_auto_map"))
+    config = copy.deepcopy(model.config)
+    config.__class__ = stock.config_class  # some rows of the table ask for the model's type
+    config.__dict__.pop("model_type", None)
     with torch.device("meta"):
-        return stock(copy.deepcopy(model.config))
+        return stock(config)
 
 
 def _flops(model: nn.Module, parts: list[_MHA], rows: list[SummaryRow]) -> int:
