@@ -76,6 +76,7 @@ class Call:
     ) -> None:
         z = args[0] if args else kwargs["hidden_states"]
         self.num_sequences = z.shape[0] if z.dim() == 3 else 1
+        self.num_tokens = z.shape[:-1].numel()  # of all sequences
         self.prompt = kwargs.get(PROMPT_KEY) or current()
         self.cache = find_cache(args, kwargs)
         self.attended = (None, None) if attended is None else attended.read(args, kwargs)
@@ -94,8 +95,21 @@ class Call:
         return (self.prompt or Prompt(None)).mean(z)
 
     def as_sequences(self, z: torch.Tensor) -> torch.Tensor:
-        """z as (B, T, d), where a block may have flattened it to (B T, d)."""
-        return z if z.dim() == 3 else z.unflatten(0, (self.num_sequences, -1))
+        """z as (B, T, d), where a block may have flattened it to (B T, d).
+
+        Raises:
+            ValueError: if it has another number of tokens than the MHA was given.
+        """
+        if z.dim() == 3:
+            return z
+        if z.shape[:-1].numel() != self.num_tokens:
+            raise ValueError(
+                f"An FFN was given {z.shape[:-1].numel()} tokens (a tensor of shape {tuple(z.shape)}), but the "
+                f"attention in front of it {self.num_tokens}, in {self.num_sequences} sequences. In the block's row "
+                "of ARCHITECTURES, set `ffn` to the module that is given all tokens, such as that around several "
+                "experts."
+            )
+        return z.unflatten(0, (self.num_sequences, -1))
 
 
 class Carrier:

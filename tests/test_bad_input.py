@@ -519,6 +519,33 @@ def test_an_ffn_that_flattens_its_tokens_is_as_good_as_one_that_does_not(context
     assert difference(logits(add_eas(base, "llama", [0, 2], context), inputs), expected) <= 1e-5
 
 
+class OnePart(Flattened):
+    """An FFN whose inner part is given some of the tokens, as one of several experts is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        return torch.cat([self.inner(tokens[1:]), tokens[:1]]).view(x.shape)
+
+
+@pytest.mark.parametrize("context", ["prompt", "running"])
+def test_an_ffn_that_is_given_some_of_the_tokens(context, device, monkeypatch):
+    base = build_model("llama", device)
+    for block in base.model.layers:
+        block.mlp = OnePart(block.mlp)
+    projections = ("mlp.inner.gate_proj", "mlp.inner.up_proj")
+    row = replace(ARCHITECTURES["LlamaDecoderLayer"], ffn="mlp.inner", ffn_projections=projections, branch=None)
+    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
+    model = add_eas(base, "llama", [], context, num_skip=1, skipped_modules=None, warm=False)
+    with Unchanged(model, "llama"):
+        model.set_skipped_modules(mha_names("llama", [1]))
+        message = (
+            r"was given 23 tokens \(.*\(23, 32\)\), but the attention .* 24, in 2 sequences.*set `ffn` to the module"
+        )
+        with pytest.raises(ValueError, match=message):
+            logits(model, make_inputs("llama", device))
+        model.set_skipped_modules([])
+
+
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
 @pytest.mark.parametrize(("family", "kind"), [("bert", "encoder"), ("vit", "vision")])
 def test_a_task_that_the_model_is_not_for(family, kind, task_type, device):
