@@ -137,7 +137,7 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             if `groups` does not divide a width, if the model computes its FFN in chunks, or if it was merged already
             and has kept its adapters.
     """
-    if any(hasattr(module, ADAPTER_NAME) for module in model.modules()):
+    if any(f"{ADAPTER_NAME}_" in name for name, _ in model.named_modules()):
         raise ValueError(
             f"{type(model).__name__} was merged with context='prompt' and still has its adapters, which other EAS "
             "adapters cannot stand in front of. Merge with a frozen context (freeze_context()) to train it further."

@@ -25,7 +25,7 @@ from .adapter import RoutedAdapter
 from .prompt import PROMPT_KEY, Prompt, cached_length, keys_attended_to, masked_mean, read_context, write_context
 from .skipped import advance_cache, find_cache
 
-ADAPTER_NAME = "eas_adapter"
+ADAPTER_NAME = "eas_adapter"  # in front of the name of the MHA
 SHIFT_NAME = "eas_shift"
 
 

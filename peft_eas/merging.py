@@ -200,7 +200,7 @@ def record_of_fold(
 def record_with_adapters(
     model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str
 ) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
-    """The record of a merge that keeps the adapters for each prompt's own context, and these, by module name."""
+    """The record of a merge that keeps the adapters for each prompt's own context, and these, by name of their MHA."""
     record: dict[str, Any] = {"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}}
     layers, kept = list(layers), {}
     attended = {layer.candidate: layer.attended for layer in layers if isinstance(layer, MHALayer)}
@@ -210,15 +210,14 @@ def record_with_adapters(
         if adapter is None:
             continue
         candidate, row = layer.candidate, layer.candidate.architecture
+        mha = relative_name(model, candidate.name)
         path = row.ffn if layer.stands_for_skipped else (row.core or row.mha)
-        module = relative_name(model, join(candidate.block, path))
-        number = sum(entry["module"] == module for entry in record["adapters"].values())
-        name = f"{ADAPTER_NAME}_{number}" if number else ADAPTER_NAME
-        kept[f"{module}.{name}"] = adapter
-        record["adapters"][f"{module}.{name}"] = {
-            "module": module,
-            "name": name,
-            "mha": relative_name(model, candidate.name),
+        kept[mha] = adapter
+        record["adapters"][mha] = {
+            "block": relative_name(model, candidate.block),
+            "name": f"{ADAPTER_NAME}_{row.mha.replace('.', '_')}",
+            "module": relative_name(model, join(candidate.block, path)),
+            "position": len(record["adapters"]),  # JSON is saved sorted by name
             "stands_for_skipped": layer.stands_for_skipped,
             "child": row.ffn,
             "layer_idx": candidate.layer_idx,
