@@ -65,6 +65,7 @@ class Call:
     Attributes:
         num_sequences: B, where the hidden states are (B, T, d). prompt: which tokens are the prompt. cache: the KV
             cache. attended: the states that the MHA attends to, (B, S, d), or None for its own tokens, and its mask.
+        packing: where the tokens of each sequence are, (B, T), if they are all in one row; else None.
     """
 
     def __init__(
@@ -78,7 +79,12 @@ class Call:
         self.num_sequences = z.shape[0] if z.dim() == 3 else 1
         self.prompt = kwargs.get(PROMPT_KEY) or current()
         self.cache = find_cache(args, kwargs)
-        self.attended = (None, None) if attended is None else attended.read(args, kwargs)
+        states, mask = (None, None) if attended is None else attended.read(args, kwargs)
+        self.packing = None
+        if isinstance(mask, torch.Tensor) and mask.dim() == 1:  # where each of the sequences in one row ends
+            lengths = mask.diff()
+            mask = self.packing = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
+        self.attended = states, mask
 
     def context(self, z: torch.Tensor, tokens: str) -> torch.Tensor:
         """The context m in float32, (B, d), where an adapter reads z, (B, T, d).
@@ -94,8 +100,16 @@ class Call:
         return (self.prompt or Prompt(None)).mean(z)
 
     def as_sequences(self, z: torch.Tensor) -> torch.Tensor:
-        """z as (B, T, d), where a block may have flattened it to (B T, d)."""
-        return z if z.dim() == 3 else z.unflatten(0, (self.num_sequences, -1))
+        """z as (B, T, d), where a block may have flattened it to (B T, d), or packed sequences of any lengths."""
+        if z.dim() == 3:
+            return z
+        if self.packing is None:
+            return z.unflatten(0, (self.num_sequences, -1))
+        return z.new_zeros(*self.packing.shape, z.shape[-1]).masked_scatter(self.packing[..., None], z)
+
+    def as_given(self, sequences: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The inverse: `sequences`, (B, T, d), in the shape of `given`."""
+        return sequences.view(given.shape) if self.packing is None else sequences[self.packing]
 
 
 class Carrier:
@@ -207,15 +221,16 @@ class AdaptedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the module does."""
-        given = z = args[0] if args else kwargs["hidden_states"]
+        z = args[0] if args else kwargs["hidden_states"]
         decided = []
         for prompted, carrier in self.prompted:
             call = Call(args, kwargs, self.current) if carrier is None else carrier.take()
-            z = call.as_sequences(z)
-            z, new = prompted(z, call, z.shape[1] if self.is_counted else 0)
+            sequences = call.as_sequences(z)
+            sequences, new = prompted(sequences, call, sequences.shape[1] if self.is_counted else 0)
+            z = call.as_given(sequences, z)
             decided.append((prompted, new, call.cache))
         kwargs.pop(PROMPT_KEY, None)
-        args, kwargs = replace_hidden_states(z.view(given.shape), args, kwargs)
+        args, kwargs = replace_hidden_states(z, args, kwargs)
         output = type(self.module).forward(self.module, *args, **kwargs)
         for prompted, new, cache in decided:
             prompted.keep(new, cache)

@@ -368,7 +368,7 @@ class MHALayer(AdaptedLayer):
         seen = cached_length(call.cache, self.candidate.layer_idx) if self.needs_prompt else 0
         sequences = call.as_sequences(z)
         context = self._context(adapter, sequences, call, seen)
-        output = self._call_with_input(adapter(sequences, context).view(z.shape), args, kwargs)
+        output = self._call_with_input(call.as_given(adapter(sequences, context), z), args, kwargs)
         self._keep_context(context, call)
         return output
 
@@ -413,4 +413,4 @@ class FFNLayer(AdaptedLayer):
         seen = cached_length(call.cache, self.candidate.layer_idx) - z.shape[1] if self.needs_prompt else 0
         context = self._context(adapter, z, call, seen)
         self._keep_context(context, call)
-        return self.base_layer(adapter(z, context).view(hidden_states.shape), *args, **kwargs)
+        return self.base_layer(call.as_given(adapter(z, context), hidden_states), *args, **kwargs)

@@ -362,8 +362,6 @@ def test_a_mixture_of_experts_is_merged_in_place_and_taken_apart_again():
 @pytest.mark.parametrize(
     ("build", "targets", "message"),
     [
-        (lambda: ARCHITECTURES["qwen2_vl"].build(), r".*visual.*attn", "Qwen2VLVisionBlock: the images of a batch"),
-        (lambda: ARCHITECTURES["qwen2_5_vl"].build(), r".*visual.*attn", "Qwen2_5_VLVisionBlock: the images of a"),
         (lambda: ARCHITECTURES["bridgetower"].build(), r".*resblocks\.\d+\.attn", "BridgeTowerResidualAttention: its"),
         (lambda: transformers.DebertaV2Model(_deberta()), None, "DebertaV2Layer: its key projection also reads"),
     ],
