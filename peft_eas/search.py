@@ -177,7 +177,8 @@ class EASSearch:
             if self.step >= self._search_end:
                 self._fix(self.bandit.best())
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
-        self._freeze_if_due()
+        if self._is_freeze_due:
+            self.eas.freeze_context()
 
     def finish(self) -> None:
         """Ends a search that training did not reach the end of, with a warning; else does nothing."""
@@ -237,7 +238,8 @@ class EASSearch:
             else:
                 self._fix(state["skipped_modules"])
         self.step, self._has_drawn = state["step"], False
-        self._freeze_if_due()
+        if self._is_freeze_due:
+            self._config.context = "running"  # the running contexts come with the weights
 
     # --- the search ------------------------------------------------------------------------------------------------
 
@@ -288,9 +290,9 @@ class EASSearch:
         # In the adapter's config, its model card finds them.
         self._config.scores = dict(zip(self.bandit.candidates, self.bandit.scores))
 
-    def _freeze_if_due(self) -> None:
-        if self._freeze_step is not None and self._freeze_step <= self.step:
-            self.eas.freeze_context()
+    @property
+    def _is_freeze_due(self) -> bool:
+        return self._freeze_step is not None and self._freeze_step <= self.step
 
     def _check_schedule(
         self, search_steps: int | float, warmup_steps: int | float, freeze_context_at: int | float | None
