@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .adapter import RoutedAdapter
+from .checks import check_whole
 from .layer import AdaptedLayer, EASLayer, MHALayer
 from .merged import FORMAT, relative_name, turn_into_merged
 from .provenance import origin
@@ -136,6 +137,7 @@ class MergingTuner(BaseTuner):
             )
 
     def _name_to_merge(self, adapter_names: list[str] | None) -> str:
+        check_whole(self.model)
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         if len(names) != 1 or names[0] not in self.peft_config:
             raise ValueError(

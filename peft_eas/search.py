@@ -53,8 +53,8 @@ class EASSearch:
     best set so far. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search
     and only the context is frozen.
 
-    The optimizer may be given all parameters from the start: those of adapters that are dropped at the end of the
-    search get no gradient from then on.
+    The optimizer is given all parameters from the start: those of adapters that are dropped at the end of the search
+    get no gradient from then on.
 
     In a distributed run every rank makes its own `EASSearch` with the same arguments. All draw the same sets, the
     losses are averaged over the ranks, and so are the running contexts after each step.
@@ -72,6 +72,8 @@ class EASSearch:
             on the batch it is given, or, without `batches`, on the n-th for n = 0, 1, … It is called in evaluation
             mode and without gradients, `num_candidates` times per batch. May be left out where nothing is searched.
         batches: held-out batches, taken in turn and over again; in a distributed run, this rank's.
+        optimizer: what trains the model, to take the parameters of dropped adapters out of it. Needed where its state
+            is saved by the parameters' names, as with FSDP; then also when resuming.
         reward: "relative" compares losses within a round; "exp" is the paper's exp(−loss).
         search_steps: when the search ends.
         warmup_steps: when, within that, rewards begin.
@@ -98,6 +100,7 @@ class EASSearch:
         batch_loss: Callable[[Any], torch.Tensor | float] | None = None,
         batches: Sequence[Any] | None = None,
         *,
+        optimizer: torch.optim.Optimizer | None = None,
         reward: Reward = "relative",
         search_steps: int | float = 0.3,
         warmup_steps: int | float = 0.1,
@@ -116,6 +119,7 @@ class EASSearch:
         self.num_steps = num_steps
         self.batch_loss = batch_loss
         self.batches = batches
+        self.optimizer = optimizer
         self.interval = interval
         self.num_candidates = num_candidates
         self.seed = seed
@@ -282,10 +286,17 @@ class EASSearch:
         return loss.detach().float().reshape(())
 
     def _fix(self, names: Sequence[str]) -> None:
-        # The optimizer keeps the parameters that are dropped here; without gradients it never touches them again.
-        # When a run is resumed, the optimizer is made for a model that still has every adapter, and then loads its
-        # saved state: the two fit each other because none ever leaves a parameter out.
+        # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
+        # them again. When a run is resumed, the optimizer is made for a model that still has every adapter; Trainer
+        # loads its saved state before any callback is called, and the two fit because none ever left a parameter out.
+        before = list(self.eas.parameters())
         self.eas.fix_skipped_modules(names)
+        if self.optimizer is not None:
+            dropped = set(before) - set(self.eas.parameters())
+            for group in self.optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in dropped]
+            for parameter in dropped:
+                self.optimizer.state.pop(parameter, None)
         self._skipped_modules = self.eas.skipped_modules
         # In the adapter's config, its model card finds them.
         self._config.scores = dict(zip(self.bandit.candidates, self.bandit.scores))

@@ -10,6 +10,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from peft import PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -18,6 +27,7 @@ from peft_eas import EASCallback, EASConfig, EASSearch
 STEPS, ACCUMULATION = 20, 2
 # Warm-up to 4, rounds at 6, 8, 10, 12, the set fixed at 12, the context frozen at 16.
 SCHEDULE = {"search_steps": 12, "warmup_steps": 4, "interval": 2, "freeze_context_at": 16, "seed": 0}
+WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def make_model() -> PeftModel:
@@ -52,7 +62,8 @@ class Record:
         self.contexts.append(torch.cat(buffers).clone())
 
     def result(self) -> dict:
-        adapters = {name: value.clone() for name, value in self.model.state_dict().items() if ".eas_" in name}
+        weights = get_model_state_dict(self.model, options=WHOLE).items()
+        adapters = {name: value.clone() for name, value in weights if ".eas_" in name}
         return {
             "skip_sets": self.skip_sets,
             "contexts": self.contexts,
@@ -131,6 +142,59 @@ def run_by_hand(folder: Path, batch_size: int, resume_from: int | None = None) -
     return record.result()
 
 
+def run_sharded(folder: Path, batch_size: int, resume_from: int | None = None) -> dict:
+    """A loop with FSDP2 where there are several ranks, which saves itself at steps 8 and 14, or goes on from there."""
+    is_distributed = torch.distributed.is_initialized()
+    rank, num_ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
+    model = make_model().train()
+    if is_distributed:  # as accelerate does, which has FSDP on accelerators only
+        mesh = init_device_mesh("cpu", (num_ranks,))
+        for module in (*model.base_model.model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+    record = Record(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
+    data = make_data(batch_size * num_ranks * STEPS, seed=1, equal_answers=True)
+    batches, held_out = (
+        list(DataLoader(samples, batch_size))[rank::num_ranks]
+        for samples in (data, make_data(40, seed=2, equal_answers=True))
+    )
+    search = EASSearch(model, STEPS, lambda b: model(**b).loss, held_out, optimizer=optimizer, **SCHEDULE)
+    if resume_from is not None:
+        saved = torch.load(folder / f"{resume_from}.pt")
+        search.load_state_dict(saved["search"])
+        set_model_state_dict(model, saved["model"], options=WHOLE)
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=WHOLE)
+    for batch in batches[search.step :]:
+        search.before_step()
+        record.note_micro_batch()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        search.after_step()
+        record.note_step()
+        if search.step in (8, 14) and resume_from is None and is_distributed:
+            state = {
+                "search": search.state_dict(),
+                "model": get_model_state_dict(model, options=WHOLE),
+                "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
+            }
+            if rank == 0:
+                folder.mkdir(exist_ok=True)
+                torch.save(state, folder / f"{search.step}.pt")
+            torch.distributed.barrier()
+    result = record.result()
+    if is_distributed:
+        model.save_pretrained(
+            folder / "adapter", state_dict=get_model_state_dict(model, options=WHOLE), is_main_process=rank == 0
+        )
+        try:
+            model.merge_and_unload()
+        except ValueError as error:
+            result["merge refused"] = str(error)
+    result["logits"] = model.eval()(input_ids=torch.arange(3, 21).reshape(2, 9)).logits.detach()
+    return result
+
+
 def refused_without_unused_parameters() -> str:
     model = Accelerator(cpu=True).prepare(make_model())
     try:
@@ -145,14 +209,16 @@ def main(folder: Path, batch_size: int) -> None:
     seen = {
         "trainer": run_trainer(folder / "trainer", batch_size),
         "by hand": run_by_hand(folder / "by_hand", batch_size),
+        "sharded": run_sharded(folder / "sharded", batch_size),
     }
-    is_distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    is_distributed = torch.distributed.is_initialized()
     if is_distributed:
         for step in (8, 16):
             checkpoint = folder / f"trainer/checkpoint-{step}"
             seen[f"trainer, resumed from {step}"] = run_trainer(folder / "resumed", batch_size, checkpoint)
         for step in (8, 14):
             seen[f"by hand, resumed from {step}"] = run_by_hand(folder / "by_hand", batch_size, step)
+            seen[f"sharded, resumed from {step}"] = run_sharded(folder / "sharded", batch_size, step)
         seen["refused"] = refused_without_unused_parameters()
     rank = torch.distributed.get_rank() if is_distributed else 0
     torch.save(seen, folder / f"rank{rank}.pt")

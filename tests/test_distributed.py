@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import difference, logits
+from distributed_worker import make_model
+from peft import PeftModel
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-LOOPS = ["trainer", "by hand"]
+LOOPS = ["trainer", "by hand", "sharded"]
 
 
-def launch(num_ranks: int, worker: Path, *arguments: object) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+def launch(num_ranks: int, *arguments: object) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [sys.executable, *(torchrun if num_ranks > 1 else []), str(WORKER), *map(str, arguments)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     run = subprocess.run(
-        [*torchrun, str(worker), *map(str, arguments)],
+        command,
         capture_output=True,
         text=True,
         timeout=300,
@@ -29,15 +33,15 @@ def launch(num_ranks: int, worker: Path, *arguments: object) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two ranks has seen, with four sequences per rank."""
     folder = tmp_path_factory.mktemp("two")
-    launch(2, WORKER, folder, 4)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    launch(2, folder, 4)
+    return [{**torch.load(folder / f"rank{rank}.pt"), "folder": folder} for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What one process has seen, with the eight sequences of both ranks."""
     folder = tmp_path_factory.mktemp("one")
-    launch(1, WORKER, folder, 8)
+    launch(1, folder, 8)
     return torch.load(folder / "rank0.pt")
 
 
@@ -69,7 +73,10 @@ def test_two_ranks_end_as_one_with_the_same_batches(ranks: list[dict], alone: di
     assert_close(together["adapters"], alone[loop]["adapters"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("loop", "step"), [("trainer", 8), ("trainer", 16), ("by hand", 8), ("by hand", 14)])
+@pytest.mark.parametrize(
+    ("loop", "step"),
+    [("trainer", 8), ("trainer", 16), ("by hand", 8), ("by hand", 14), ("sharded", 8), ("sharded", 14)],
+)
 def test_resumed_it_ends_bit_equal(ranks: list[dict], loop: str, step: int) -> None:
     for seen in ranks:
         whole, resumed = seen[loop], seen[f"{loop}, resumed from {step}"]
@@ -79,3 +86,15 @@ def test_resumed_it_ends_bit_equal(ranks: list[dict], loop: str, step: int) -> N
 
 def test_gradients_that_could_not_be_reduced_are_refused(ranks: list[dict]) -> None:
     assert all("find_unused_parameters=False and static_graph=False" in seen["refused"] for seen in ranks)
+
+
+def test_a_sharded_model_is_saved_whole_and_merged_elsewhere(ranks: list[dict]) -> None:
+    seen = ranks[0]["sharded"]
+    assert all("adapters are merged into whole weights only" in rank["sharded"]["merge refused"] for rank in ranks)
+    model = PeftModel.from_pretrained(make_model().unload(), ranks[0]["folder"] / "sharded/adapter").eval()
+    inputs = {"input_ids": torch.arange(3, 21).reshape(2, 9)}
+    assert model.base_model.skipped_modules == seen["skipped"]
+    assert difference(logits(model, inputs), seen["logits"]) < 1e-5
+    merged = model.merge_and_unload()
+    assert len(merged.config.eas["skipped"]) == 2
+    assert difference(logits(merged, inputs), seen["logits"]) < 1e-5
