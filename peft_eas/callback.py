@@ -128,7 +128,11 @@ class EASCallback(TrainerCallback, ExportableState):
         self._search = self._reward_set = self._reward_source = self._shown_phase = None
         saved = saved_record(state, type(self).__name__) or {"bandit": None, "skipped_modules": None}
         settings = {name: getattr(self, name) for name in SETTINGS}
-        search = EASSearch(model, state.max_steps, self._batch_loss, seed=self._seed(args), **settings)
+        # Otherwise Trainer resumes with an optimizer that has every parameter; see `EASSearch`.
+        optimizer = kwargs.get("optimizer") if trainer.is_fsdp_enabled else None
+        search = EASSearch(
+            model, state.max_steps, self._batch_loss, optimizer=optimizer, seed=self._seed(args), **settings
+        )
         if state.global_step > 0:
             search.load_state_dict({**saved, "step": state.global_step})
         self._reward_source = saved.get("reward_source")
@@ -155,6 +159,7 @@ class EASCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Computes rewards, ends the search, freezes the context, each when its time has come."""
         was_searching, phase = self._search.is_searching, self._search.phase
+        self._search.step = state.global_step - 1  # Trainer's count, should a subclass leave steps out
         self._search.after_step()
         if self._search.phase != phase and not self._search.is_searching:
             forget_best_checkpoint(state)

@@ -1,7 +1,7 @@
 """Pictures of a search, from what a run leaves behind. Needs matplotlib: `pip install peft_eas[plots]`.
 
 Both functions take the search as any of: the folder of a run or of a checkpoint, the path of its `eas_search.json` or
-`trainer_state.json`, or the record that is in these (`EASCallback.record`).
+`trainer_state.json`, or the record that is in these (`EASCallback.record`, `EASSearch.state_dict()`).
 """
 
 import json

@@ -228,7 +228,10 @@ class EASSearch:
                 "EASConfig(skipped_modules=...)."
             )
         if state["bandit"] is not None:
-            bandit = AttentionBandit(self.eas.candidates, self._config.num_skip)
+            num_skip = self._config.num_skip
+            if num_skip is None:  # a model that was made with the MHAs that the search has found
+                num_skip = len(self._skipped_modules or ())
+            bandit = AttentionBandit(self.eas.candidates, num_skip)
             bandit.load_state_dict(state["bandit"])
             if state["skipped_modules"] is None and not self.is_searching:
                 raise ValueError(

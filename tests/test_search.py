@@ -131,6 +131,25 @@ def test_resumed_from_any_phase_it_ends_bit_equal(tmp_path, step) -> None:
     assert configs[0].context == configs[1].context == "running"
 
 
+def test_dropped_parameters_leave_the_optimizer_that_is_given(tmp_path) -> None:
+    whole = Run()
+    whole.search.optimizer = whole.optimizer
+    whole.train(TRAINING[:14])
+    torch.save(whole.state(), tmp_path / "state.pt")
+    trained = [parameter for parameter in whole.model.parameters() if parameter.requires_grad]
+    (group,) = whole.optimizer.param_groups
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in trained}
+    assert {id(parameter) for parameter in whole.optimizer.state} <= {id(parameter) for parameter in trained}
+    whole.train(TRAINING[14:])
+    found = whole.model.base_model.skipped_modules
+    # A model that has only the adapters that the search has found a use for serves as well.
+    for options in ({}, {"num_skip": None, "skipped_modules": found}):
+        resumed = Run(model=options)
+        resumed.search.optimizer = resumed.optimizer
+        resumed.load(torch.load(tmp_path / "state.pt")).train(TRAINING[14:])
+        assert_equal(weights(resumed.model), weights(whole.model))
+
+
 def test_a_run_goes_through_its_phases_and_tells_of_them() -> None:
     run, phases, figures = Run(), [], []
     for batch in TRAINING:
