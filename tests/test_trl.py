@@ -1,5 +1,6 @@
 """The search in TRL's SFTTrainer."""
 
+import json
 import random
 import warnings
 from pathlib import Path
@@ -44,6 +45,7 @@ def make_data(columns: tuple[str, ...], size: int = 40, seed: int = 0):
 def make_trainer(folder: Path, columns: tuple[str, ...], ready: bool = False, context: str = "prompt", **options):
     config = EASConfig(task_type="CAUSAL_LM", num_skip=2, r=8, attention_r=4, context=context)
     model = build_model("llama")
+    evaluation = options.pop("eval_dataset", None) or make_data(columns, size=12, seed=1)
     args = trl.SFTConfig(
         str(folder),
         max_steps=20,
@@ -62,7 +64,7 @@ def make_trainer(folder: Path, columns: tuple[str, ...], ready: bool = False, co
         get_peft_model(model, config) if ready else model,
         args,
         train_dataset=make_data(columns),
-        eval_dataset=make_data(columns, size=12, seed=1),
+        eval_dataset=evaluation,
         processing_class=make_tokenizer(),
         callbacks=[EASCallback(**SCHEDULE)],
         peft_config=None if ready else config,
@@ -127,6 +129,15 @@ def test_rewards_stay_out_of_the_evaluations_figures(tmp_path) -> None:
     first, second = trainer.evaluate(), trainer.evaluate()
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert first[name] == second[name]
+
+
+def test_rewards_are_computed_on_the_first_of_several_eval_sets(tmp_path) -> None:
+    records = []
+    for rewards, test in ((2, 3), (2, 4), (3, 4)):
+        sets = {"rewards": make_data(PAIRS, size=12, seed=rewards), "test": make_data(PAIRS, size=12, seed=test)}
+        make_trainer(tmp_path, PAIRS, eval_dataset=sets).train()
+        records.append(json.loads((tmp_path / "eas_search.json").read_text()))
+    assert records[0] == records[1] != records[2]
 
 
 @pytest.mark.parametrize(
