@@ -12,6 +12,7 @@ from .checkpoint import AFTER_SAVE
 from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
 from .peft_type import add_to_cards
+from .search import EASSearch
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "EASCallback",
     "EASConfig",
     "EASModel",
+    "EASSearch",
     "InputAdapter",
     "PropagationAdapter",
 ]

@@ -237,3 +237,18 @@ def shorten(names: Iterable[str], most: int = 6) -> str:
     """Names as a list to read, cut where it is long."""
     names = list(names)
     return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "") or "none"
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises a ValueError if `model` lies in shards on several ranks, where nothing can be folded into it."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"The model is sharded by FSDP ({sharded} is a DTensor), and adapters are merged into whole weights only. "
+            "Save the adapter with the full state dict (accelerator.get_state_dict(model)), load it onto the base "
+            "model in a new process, and merge there."
+        )

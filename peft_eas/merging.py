@@ -13,6 +13,7 @@ from torch import nn
 
 from .adapter import RoutedAdapter
 from .architectures import join
+from .checks import check_whole
 from .fold import shift_before
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
@@ -143,6 +144,7 @@ class MergingTuner(BaseTuner):
             )
 
     def _name_to_merge(self, adapter_names: list[str] | None) -> str:
+        check_whole(self.model)
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         if len(names) != 1 or names[0] not in self.peft_config:
             raise ValueError(
