@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
 from .architectures import Architecture
 from .config import EASConfig
-from .fold import FoldRecord, LowRankMap, check_projection, fold, fold_is_finite, low_rank_map, unfold
+from .fold import FoldRecord, LowRankMap, added, check_projection, fold, fold_is_finite, low_rank_map, unfold
 from .forward import replace_hidden_states
 from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
 from .skipped import advance_cache, skipped_output
@@ -225,37 +225,38 @@ class AdaptedLayer(EASLayer):
         if self.candidate.layer_idx is not None and self._takes_prompt(name):
             write_context(cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)
 
-    def low_rank_map(self, adapter_name: str) -> LowRankMap | None:
-        """What the adapter `adapter_name` is with its running context, or None if it has no use here."""
-        adapter = self.used_adapter(adapter_name)
-        return None if adapter is None else low_rank_map(adapter, adapter.running_context)
+    def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
+        """What the adapters `adapter_names` are together with their running contexts, or None without a use here."""
+        adapters = [adapter for name in adapter_names if (adapter := self.used_adapter(name)) is not None]
+        return added([low_rank_map(adapter, adapter.running_context) for adapter in adapters])
 
-    def check_fold(self, adapter_name: str, finite: bool) -> None:
-        """Raises if the adapter `adapter_name` cannot be folded, or with `finite` if it would leave a NaN.
+    def check_fold(self, adapter_names: list[str], finite: bool) -> None:
+        """Raises if the adapters `adapter_names` cannot be folded, or with `finite` if they would leave a NaN.
 
         Raises:
             TypeError: for a projection that is quantised or of another kind. ValueError: for a NaN or an infinity.
         """
-        update = self.low_rank_map(adapter_name)
+        update = self.low_rank_map(adapter_names)
         for name, projection in self.projections.items() if update is not None else ():
             full_name = f"{self.candidate.block}.{name}"
             check_projection(projection, full_name)
             if finite and not fold_is_finite(projection, update):
-                raise ValueError(
-                    f"Folding the EAS adapter {adapter_name!r} would put NaN or infinity into {full_name}. Nothing "
-                    "was changed. Train again with a lower learning rate, or merge in a wider dtype."
+                raise ValueError(  # begins as PEFT's own
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be "
+                    f"broken: folding it would put NaN or infinity into {full_name}. Nothing was changed. Train again "
+                    "with a lower learning rate, or merge in a wider dtype."
                 )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Folds the one adapter of `adapter_names`, by default the one in force, unless one is folded already."""
-        name = adapter_names[0] if adapter_names else self.adapter_in_force
-        if self.merged or name is None:
+        """Folds the adapters `adapter_names`, by default the one in force, unless something is folded already."""
+        names = adapter_names or [name for name in [self.adapter_in_force] if name is not None]
+        if self.merged or not names:
             return
-        self.check_fold(name, finite=safe_merge)
-        update = self.low_rank_map(name)
+        self.check_fold(names, finite=safe_merge)
+        update = self.low_rank_map(names)
         if update is not None:
             self.fold_records = {path: fold(module, update) for path, module in self.projections.items()}
-        self.merged_adapters.append(name)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Takes what was folded out of the projections again."""

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,15 @@ class EASModel(MergingTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # --- injection -------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See PEFT. A config object that another adapter has already is copied, for each has its own skip set."""
+        config = self.peft_config[adapter_name]
+        layers = (module for module in model.modules() if isinstance(module, EASLayer))
+        taken = [*self.peft_config.items(), *(item for layer in layers for item in layer.candidate.configs.items())]
+        if any(other is config and name != adapter_name for name, other in taken):
+            self.peft_config[adapter_name] = replace(config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: EASConfig, model_config: dict) -> EASConfig:
         return peft_config  # `_prepare_model` finds the targets, because it has the model to look at
