@@ -1,6 +1,8 @@
 """The configuration of Efficient Attention Skipping."""
 
+import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,11 +95,11 @@ class EASConfig(PeftConfig):
         default=True,
         metadata={"help": "True: adapters start as the identity. False: random adapters, for tests."},
     )
-    base_shape: dict[str, Any] | None = field(
+    base_shape: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Number of MHAs and widths of the base model. Written at injection, checked on loading."},
     )
-    scores: dict[str, float] | None = field(
+    scores: dict[str, float] | str | None = field(
         default=None,
         metadata={
             "help": "Score of each candidate, by its full name, as the search left them; the higher, the less it "
@@ -111,8 +113,20 @@ class EASConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        for name in ("base_shape", "scores"):
+            self._read_json(name)
         self._check_numbers()
         self._check_skipped_modules()
+
+    def _read_json(self, name: str) -> None:
+        """Takes a field that is a dict from the command line, where it is JSON, as in TrainingArguments."""
+        value = getattr(self, name)
+        if isinstance(value, str):
+            with suppress(json.JSONDecodeError):  # refused below as what it is
+                value = json.loads(value)
+        if not isinstance(value, (dict, type(None))):
+            raise ValueError(f"EASConfig({name}={value!r}): give a dict, a dict as JSON, or None.")
+        setattr(self, name, value)
 
     def _check_numbers(self) -> None:
         def require(name: str, allowed: bool, what: str) -> None:
@@ -142,7 +156,7 @@ class EASConfig(PeftConfig):
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip) and self.num_skip >= 0, "an integer of at least 0, or None")
         if self.scores is not None:
-            is_right = isinstance(self.scores, dict) and all(
+            is_right = all(
                 isinstance(name, str) and is_number(score) and abs(score) < float("inf")
                 for name, score in self.scores.items()
             )

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .adapter import RoutedAdapter
 from .layer import AdaptedLayer, EASLayer, MHALayer
@@ -81,6 +82,7 @@ class MergingTuner(BaseTuner):
         self._check_in_place()
         record, kept = None, {}
         if merge:
+            self._check_class()
             adapter_names = names = self._names_to_merge(adapter_names)
             name = names[0]
             self._check_context(names, context)
@@ -113,6 +115,14 @@ class MergingTuner(BaseTuner):
         if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):
             turn_into_merged(model, record, kept)
         return model
+
+    def _check_class(self) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            raise TypeError(
+                f"merge_and_unload makes a transformers model one without the skipped attentions, but this base is a "
+                f"{type(self.model).__name__}. Give the transformers model inside it to get_peft_model, or fold in "
+                "place with merge_adapter()."
+            )
 
     def _choose_trained_modules(self, names: list[str]) -> None:
         """Lets PEFT leave the modules_to_save of the adapters `names` in the model, or without any the base's.

@@ -16,6 +16,7 @@ from .checks import (
     check_skip_fields,
     check_state_dict,
     find_targets,
+    prompt_root,
     skippable_mhas,
 )
 from .config import EASConfig
@@ -60,6 +61,7 @@ class EASModel(MergingTuner):
         targets = find_targets(peft_config, model)
         check_skip_fields(peft_config, list(targets))
         shape = check_base(peft_config, model, targets)
+        root = prompt_root(peft_config, model, targets)
         # Another EASModel, such as transformers makes for each adapter, may have wrapped the model before.
         present = {layer.candidate.name: layer.candidate for layer in model.modules() if isinstance(layer, EASLayer)}
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
@@ -70,8 +72,8 @@ class EASModel(MergingTuner):
         if not hasattr(self, "_candidates"):
             self._candidates: dict[str, Candidate] = present
             self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, PromptHook))
-            self._prompt_hook = next(hooks, None) or PromptHook(model, self._needs_prompt, self.answer_in_input)
+            hooks = (hook for hook in root._forward_pre_hooks.values() if isinstance(hook, PromptHook))
+            self._prompt_hook = next(hooks, None) or PromptHook(root, self._needs_prompt, self.answer_in_input)
             self.register_load_state_dict_pre_hook(EASModel._refuse_unfit_weights)
         self._newest_adapter, self._prompt_hook.was_used = name, False
         added = {
