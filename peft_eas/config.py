@@ -113,20 +113,12 @@ class EASConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("base_shape", "scores"):
-            self._read_json(name)
+        for name in ("base_shape", "scores"):  # on a command line these are JSON, as in TrainingArguments
+            if isinstance(getattr(self, name), str):
+                with suppress(json.JSONDecodeError):
+                    setattr(self, name, json.loads(getattr(self, name)))
         self._check_numbers()
         self._check_skipped_modules()
-
-    def _read_json(self, name: str) -> None:
-        """Takes a field that is a dict from the command line, where it is JSON, as in TrainingArguments."""
-        value = getattr(self, name)
-        if isinstance(value, str):
-            with suppress(json.JSONDecodeError):  # refused below as what it is
-                value = json.loads(value)
-        if not isinstance(value, (dict, type(None))):
-            raise ValueError(f"EASConfig({name}={value!r}): give a dict, a dict as JSON, or None.")
-        setattr(self, name, value)
 
     def _check_numbers(self) -> None:
         def require(name: str, allowed: bool, what: str) -> None:
@@ -155,8 +147,10 @@ class EASConfig(PeftConfig):
         require("context", self.context in ("prompt", "running"), "'prompt' or 'running'")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip) and self.num_skip >= 0, "an integer of at least 0, or None")
+        if self.base_shape is not None:
+            require("base_shape", isinstance(self.base_shape, dict), "a dict, or None")
         if self.scores is not None:
-            is_right = all(
+            is_right = isinstance(self.scores, dict) and all(
                 isinstance(name, str) and is_number(score) and abs(score) < float("inf")
                 for name, score in self.scores.items()
             )
