@@ -44,14 +44,25 @@ class EASModel(MergingTuner):
 
     # --- injection -------------------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """See PEFT. A config object that another adapter has already is copied, for each has its own skip set."""
         config = self.peft_config[adapter_name]
         layers = (module for module in model.modules() if isinstance(module, EASLayer))
         taken = [*self.peft_config.items(), *(item for layer in layers for item in layer.candidate.configs.items())]
         if any(other is config and name != adapter_name for name, other in taken):
             self.peft_config[adapter_name] = replace(config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if state_dict is not None:  # in which the target of weights at an FFN is the MHA beside it
+            mhas = {f"{block}.{row.ffn}".removeprefix("."): mha for mha, (block, row) in skippable_mhas(model).items()}
+            parts = ((*key.rpartition(f".{self.prefix}"), value) for key, value in state_dict.items())
+            state_dict = {"".join((mhas.get(path, path), dot, end)): value for path, dot, end, value in parts}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: EASConfig, model_config: dict) -> EASConfig:
         return peft_config  # `_prepare_model` finds the targets, because it has the model to look at
@@ -103,7 +114,7 @@ class EASModel(MergingTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        candidate = self._candidate_of(current_key)
+        candidate = self._candidates.get(current_key)
         if candidate is None or adapter_name in candidate.configs:
             return
         candidate.configs[adapter_name] = peft_config
@@ -121,13 +132,6 @@ class EASModel(MergingTuner):
                 self.model.set_submodule(name, layer)
             if isinstance(layer, AdaptedLayer):
                 layer.add_adapter(adapter_name, peft_config, width)
-
-    def _candidate_of(self, key: str) -> Candidate | None:
-        """The candidate of an MHA's name, or of its FFN's: an adapter's file holds weights under either."""
-        if key in self._candidates:
-            return self._candidates[key]
-        ffns = {f"{c.block}.{c.architecture.ffn}": c for c in self._candidates.values()}
-        return ffns.get(key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)

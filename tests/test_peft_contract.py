@@ -483,6 +483,17 @@ def test_an_adapter_trained_in_bfloat16(family, device, tmp_path):
             assert torch.equal(logits(loaded, inputs), expected)
 
 
+def test_a_compiled_model(device):
+    inputs = make_inputs("bert", device)
+    model = get_peft_model(build_model("bert", device), config_of("bert", [0, 2])).eval()
+    compiled = torch.compile(model, backend="eager")
+    expected = logits(model, inputs)
+    assert difference(logits(compiled, inputs), expected) <= 1e-5
+    with model.disable_adapter():
+        assert difference(logits(compiled, inputs), logits(model, inputs)) <= 1e-5
+    assert difference(logits(compiled, inputs), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_adapters_that_come_later_keep_the_dtype(dtype, device, tmp_path):
     model = get_peft_model(
@@ -556,6 +567,20 @@ def test_injecting_on_meta_and_loading(family, device):
     result = set_peft_model_state_dict(empty, weights, low_cpu_mem_usage=True)
     assert result.unexpected_keys == []
     assert torch.equal(logits(empty.to(device).eval(), inputs), logits(model, inputs))
+
+
+@families
+def test_injecting_by_the_weights_alone_finds_the_targets(family, device, recwarn):
+    model = inject_adapter_in_model(config_of(family, [0, 2], task_type=None), build_model(family, device)).eval()
+    weights = get_peft_model_state_dict(model)
+    recwarn.clear()
+    again = inject_adapter_in_model(
+        config_of(family, [0, 2], task_type=None), build_model(family, device), state_dict=weights
+    )
+    assert not [warning for warning in recwarn if "inconsistency" in str(warning.message)]
+    assert set_peft_model_state_dict(again, weights).unexpected_keys == []
+    inputs = make_inputs(family, device)
+    assert torch.equal(logits(again.eval(), inputs), logits(model, inputs))
 
 
 def test_mismatched_modules_to_save_are_ignored_on_request(device, tmp_path):
