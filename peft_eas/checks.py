@@ -1,11 +1,13 @@
 """What a config, a base model and an adapter's weights must fulfil together, checked before anything is changed."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, at_path, default_targets, find_mhas, has_path, join, reasons_against
@@ -104,6 +106,25 @@ def _matches(patterns: set[str] | str | None, name: str) -> bool:
         return False
     probe = EASConfig(target_modules=patterns if isinstance(patterns, str) else list(patterns))
     return bool(check_target_module_exists(probe, name))
+
+
+def prompt_root(config: EASConfig, model: nn.Module, targets: Targets) -> nn.Module:
+    """The module whose inputs tell the prompt: the outermost transformers model around the targets, else `model`.
+
+    Raises:
+        ValueError: if it has no keyword arguments in which the prompt could be handed on, and the context needs it.
+    """
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, PreTrainedModel) and all(target.startswith(prefix) for target in targets):
+            return module
+    parameters = inspect.signature(model.forward).parameters.values()
+    if config.context == "prompt" and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(
+            f"{type(model).__name__}.forward() takes no **kwargs, in which the prompt would be handed on to the "
+            "attentions. Let it take **kwargs and pass them on to its blocks, or use context='running'."
+        )
+    return model
 
 
 def check_skip_fields(config: EASConfig, targets: list[str]) -> None:
