@@ -7,9 +7,12 @@ and the vision tower of a multi-modal one). To add a family, add a row.
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
+
+Kind = Literal["decoder", "encoder", "vision", "audio"]
+KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Architecture:
     kept_norm: str | None = None
     core: str | None = None
     branch: tuple[str, ...] | None = None
-    kind: Literal["decoder", "encoder", "vision", "audio"] = "decoder"
+    kind: Kind = "decoder"
     attends: tuple[str, str] | None = None
     returns: tuple[str | None, ...] | None = (None,)
     experts: bool = False
@@ -65,6 +68,16 @@ class Architecture:
                 f"Architecture(branch={self.branch!r}) does not contain ffn={self.ffn!r}. Name the FFN and the norms "
                 "and dropouts around it, in order, or leave branch out."
             )
+        if self.kind not in KINDS:
+            raise ValueError(f"Architecture(kind={self.kind!r}): kind must be one of {', '.join(map(repr, KINDS))}.")
+        for name, root in (("mha_projections", self.mha), ("ffn_projections", self.ffn)):
+            paths = getattr(self, name)
+            is_right = isinstance(paths, tuple) and len(paths) > 0
+            if not is_right or not all(isinstance(p, str) and f"{p}.".startswith(f"{root}.") for p in paths):
+                raise ValueError(
+                    f"Architecture({name}={paths!r}): {name} must be a tuple of paths of modules in {root!r}, such as "
+                    f"('{root}.in_proj',)."
+                )
 
     @property
     def deleted_norms(self) -> tuple[str, ...]:
@@ -375,6 +388,10 @@ def rows_of(block: nn.Module) -> list[Architecture]:
     rows = ARCHITECTURES.get(type(block).__name__, ())
     if isinstance(rows, Architecture):
         return [rows] if rows.is_asked_for(block) else []
+    if not all(isinstance(row, Architecture) for row in rows):
+        raise TypeError(
+            f"ARCHITECTURES[{type(block).__name__!r}] holds {rows!r}. Give it an Architecture, or several in a tuple."
+        )
     return [row for row in rows if row.is_asked_for(block) and all(has_path(block, path) for path in row.paths)]
 
 

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+from .values import is_finite
+
 Reward = Literal["relative", "exp"]
 REWARDS = ("relative", "exp")
 
@@ -280,7 +282,7 @@ class AttentionBandit:
 def check_search_values(temperature: float, lr: float, reward: str) -> None:
     """Raises a ValueError for a search setting that is out of range."""
     for name, value in (("temperature", temperature), ("lr", lr)):
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        if not is_finite(value) or value <= 0:
             raise ValueError(f"The search's score {name} is {value!r}; it must be a finite number above 0.")
     if reward not in REWARDS:
         raise ValueError(f"reward={reward!r} is unknown. Choose one of {', '.join(map(repr, REWARDS))}.")

@@ -22,6 +22,7 @@ from .trainer import (
     move_to_front,
     saved_record,
 )
+from .values import is_int, python_number
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +67,34 @@ class EASCallback(TrainerCallback, ExportableState):
         freeze_context_at: int | float | None = 0.8,
         seed: int | None = None,
     ) -> None:
-        given = locals()
-        check_settings(type(self).__name__, **{name: given[name] for name in SETTINGS})
         self.reward: Reward = reward
-        self.search_steps = search_steps
-        self.warmup_steps = warmup_steps
-        self.interval = interval
-        self.num_candidates = num_candidates
-        self.score_lr = score_lr
-        self.score_temperature = score_temperature
+        self.search_steps = python_number(search_steps)
+        self.warmup_steps = python_number(warmup_steps)
+        self.interval = python_number(interval)
+        self.num_candidates = python_number(num_candidates)
+        self.score_lr = python_number(score_lr)
+        self.score_temperature = python_number(score_temperature)
         self.reward_dataset = reward_dataset
-        self.freeze_context_at = freeze_context_at
-        self.seed = seed
+        self.freeze_context_at = python_number(freeze_context_at)
+        self.seed = python_number(seed)
+        self._check_arguments()
         self._held_back: Any = None
         self._search: EASSearch | None = None
         self._reward_set: RewardSet | None = None
         self._reward_source: str | None = None
         self._shown_phase: str | None = None
+
+    def _check_arguments(self) -> None:
+        check_settings(type(self).__name__, **{name: getattr(self, name) for name in SETTINGS})
+        if self.seed is not None and not is_int(self.seed):
+            raise ValueError(f"EASCallback(seed={self.seed!r}): seed must be an integer, or None for the Trainer's.")
+        data = self.reward_dataset
+        is_data = hasattr(data, "__getitem__") or hasattr(data, "__iter__")
+        if data is not None and (not is_data or isinstance(data, (str, bytes, dict))):
+            raise ValueError(
+                f"EASCallback(reward_dataset={data!r}): reward_dataset must be one dataset, such as Trainer takes for "
+                "training, or None."
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; see `transformers.trainer_callback.ExportableState`."""

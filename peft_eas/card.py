@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from .checkpoint import CODE_FILE
 from .plots import draw_skip_map
-from .provenance import CARD, hub_id_of, origin, record_speed, saved_numbers
+from .provenance import CARD, hub_id_of, is_same_mha, origin, record_speed, saved_numbers
 
 __all__ = ["adapter_card", "origin", "record_speed", "write_adapter_card", "write_merged_card"]
 
@@ -107,7 +107,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
     facts = record.get("origin") or {}
     auto_class, task = _auto_class(type(model))
     candidates = facts.get("candidates") or list(record["skipped"])
-    deleted = [name for name in candidates if f".{name}".endswith(tuple(f".{path}" for path in record["skipped"]))]
+    deleted = [name for name in candidates if any(is_same_mha(name, path) for path in record["skipped"])]
     count = f"{len(deleted)} of {len(candidates)}"
     size, base_size, trained = model.num_parameters(), facts.get("base_parameters"), facts.get("trainable_parameters")
     change = f" ({100 * (size / base_size - 1):+.1f} % against the base)" if base_size else ""

@@ -18,18 +18,51 @@ from .skipped import SkippedMHA
 
 # What PEFT adds to modules_to_save for some tasks, whether the model has it or not.
 _HEADS = ("classifier", "score", "qa_outputs")
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+# By one of which a projection tells its width.
+_OF_PROJECTIONS = ("weight", "in_features")
 
 # By full name of an MHA: the full name of its block, and the block's row of the table.
 Targets = dict[str, tuple[str, Architecture]]
 
 
 def skippable_mhas(model: nn.Module) -> Targets:
-    """Every MHA of the model that the table knows and that is not deleted already, in the model's order."""
-    return {
-        name: (block, row)
-        for name, block, row in find_mhas(model)
-        if not isinstance(model.get_submodule(name), SkippedMHA)
-    }
+    """Every MHA of the model that the table knows and that is not deleted already, in the model's order.
+
+    Raises:
+        ValueError: if a row of the table does not fit the block that it is for.
+    """
+    found = {}
+    for name, block, row in find_mhas(model):
+        if not isinstance(at_path(model, name), SkippedMHA):
+            _check_row(model.get_submodule(block), block, row)
+            found[name] = (block, row)
+    return found
+
+
+def _check_row(block: nn.Module, block_name: str, row: Architecture) -> None:
+    name = type(block).__name__
+    head = f"The row of {name} in the table of architectures names"
+    advice = f"Set ARCHITECTURES[{name!r}] to an Architecture with this model's own names."
+    for path in (*row.paths, *(row.branch or ())):
+        if not has_path(block, path):
+            raise ValueError(f"{head} {path!r}, but {block_name or name} has no such module. {advice}")
+    widths = {}
+    for path in (*row.mha_projections, *row.ffn_projections):
+        projection = at_path(block, path)
+        if not isinstance(projection, nn.Parameter) and not any(has_path(projection, a) for a in _OF_PROJECTIONS):
+            raise ValueError(
+                f"{head} {path!r} as a projection, but it is a {type(projection).__name__}, which has no weight. Name "
+                f"the linear layers that read the input of the MHA and of the FFN. {advice}"
+            )
+        if isinstance(projection, Conv1D) or has_path(projection, "in_features"):
+            widths[path] = _width(projection)
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"{head} projections that read inputs of different widths ({widths}), but one adapter's output is of one "
+            f"width. Name those that read the input of the MHA and of the FFN. {advice}"
+        )
 
 
 def find_targets(config: EASConfig, model: nn.Module) -> Targets:
@@ -42,7 +75,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
     known = skippable_mhas(model)
     names = set(default_targets(model)) & set(known)
     if config.target_modules is not None:
-        names = {name for name in _outer_names(model) if _matches(config.target_modules, name)}
+        names = {name for name in _outer_names(model) if matches(config.target_modules, name)}
     unknown = sorted(names - set(known))
     if unknown or not names:
         what = f"{shorten(unknown)}, which cannot be skipped," if unknown else "nothing"
@@ -52,7 +85,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
             f"{shorten(known)}. Name some of these, give a regular expression that matches only them, or leave "
             "target_modules out."
         )
-    targets = {name: known[name] for name in known if name in names and not _matches(config.exclude_modules, name)}
+    targets = {name: known[name] for name in known if name in names and not matches(config.exclude_modules, name)}
     if not targets:
         raise ValueError(
             f"exclude_modules={config.exclude_modules!r} leaves none of the {len(names)} target MHAs "
@@ -60,7 +93,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
         )
     patterns = config.exclude_modules or ()
     for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
-        if not any(_matches(pattern if isinstance(patterns, str) else {pattern}, name) for name in known):
+        if not any(matches(pattern if isinstance(patterns, str) else {pattern}, name) for name in known):
             raise ValueError(
                 f"exclude_modules={config.exclude_modules!r}: {pattern!r} matches nothing that could be skipped. The "
                 f"MHAs of {type(model).__name__} are: {shorten(known)}. Name some of these, or leave it out."
@@ -101,7 +134,8 @@ def _outer_names(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _matches(patterns: set[str] | str | None, name: str) -> bool:
+def matches(patterns: set[str] | str | None, name: str) -> bool:
+    """Whether the full name of a module is one that `target_modules` or `exclude_modules` name, as PEFT reads them."""
     if not patterns:
         return False
     probe = EASConfig(target_modules=patterns if isinstance(patterns, str) else list(patterns))
@@ -137,10 +171,14 @@ def check_skip_fields(config: EASConfig, targets: list[str]) -> None:
         )
 
 
-def check_names(names: Iterable[str], candidates: list[str]) -> None:
-    """Raises a ValueError unless `names` are candidates, each named once."""
-    names = list(names)
-    unknown = [name for name in names if name not in candidates]
+def check_names(names: Iterable[str], candidates: list[str]) -> list[str]:
+    """Returns `names` as a list. Raises a ValueError unless they are candidates, each named once."""
+    names = list(names) if isinstance(names, Iterable) and not isinstance(names, (str, bytes)) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"skipped_modules={names!r} was received. Give a list of full names of candidates: {shorten(candidates)}."
+        )
+    unknown = [repr(name) for name in names if name not in candidates]
     if unknown:
         raise ValueError(
             f"skipped_modules names {shorten(unknown)}, which cannot be skipped. Use full names of candidates: "
@@ -148,15 +186,16 @@ def check_names(names: Iterable[str], candidates: list[str]) -> None:
         )
     if len(set(names)) < len(names):
         raise ValueError(f"skipped_modules names an MHA more than once: {names}. Name each once.")
+    return names
 
 
 def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[str, Any]:
     """Returns the base model's shape: its number of MHAs, and the widths in front of the targets' projections.
 
     Raises:
-        ValueError: if the adapter was made for another shape, if a row of the table names what a block does not have,
-            if `groups` does not divide a width, if the model computes its FFN in chunks, or if it was merged already
-            and has kept its adapters.
+        ValueError: if the adapter was made for another shape or is for a task that the model is not for, if `groups`
+            does not divide a width, if the model computes its FFN in chunks, or if it was merged already and has kept
+            its adapters.
     """
     if any(f"{ADAPTER_NAME}_" in name for name, _ in model.named_modules()):
         raise ValueError(
@@ -175,6 +214,14 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             raise ValueError(
                 f"groups={config.groups} does not divide the model's width, {width}. Choose a divisor of it."
             )
+    if config.task_type in _GENERATING and not hasattr(model, "prepare_inputs_for_generation"):
+        kinds = {row.kind for _, row in targets.values()}
+        if "decoder" not in kinds:
+            raise ValueError(
+                f"task_type={str(config.task_type)!r} is for models that generate text, but {type(model).__name__} "
+                f"does not, and its MHAs are of the kind {', '.join(sorted(kinds))}. Choose another task_type, such "
+                "as 'SEQ_CLS' or 'FEATURE_EXTRACTION', or leave it out."
+            )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
     if chunk_size and config.context == "prompt":
         raise ValueError(
@@ -185,16 +232,11 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
 
 
 def block_width(model: nn.Module, block_name: str, row: Architecture) -> int:
-    """Width d of what a block's projections read. Raises a ValueError if the block lacks what its row names."""
-    block = model.get_submodule(block_name)
-    for path in (*row.mha_projections, *row.ffn_projections):
-        if not has_path(block, path):
-            name = type(block).__name__
-            raise ValueError(
-                f"The row of {name} in the table of architectures names {path!r}, but {block_name or name} has no "
-                f"such module. Set ARCHITECTURES[{name!r}] to an Architecture with this model's own names."
-            )
-    projection = at_path(block, row.ffn_projections[0])
+    """Width d of what a block's projections read."""
+    return _width(at_path(model.get_submodule(block_name), row.ffn_projections[0]))
+
+
+def _width(projection: nn.Module) -> int:
     # nn.Linear, quantised or not, tells the width of its input; Conv1D stores weights of shape (width, outputs).
     return (
         getattr(projection, "in_features", None) or projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]
@@ -210,7 +252,8 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
     Raises:
         ValueError: for weights of a layer that the model does not have, of another shape, or incomplete.
     """
-    given = {key: value for key, value in state_dict.items() if key.startswith(prefix) and ".eas_" in key}
+    own = {key: value for key, value in state_dict.items() if ".eas_" in key}
+    given = {key: value for key, value in own.items() if key.startswith(prefix)}
     layers = {
         f"{prefix}{name}.{layer.adapter_layer_names[0]}.": layer
         for name, layer in model.named_modules()
@@ -225,7 +268,7 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
     placed = {f"{path}{name}.{key}" for (path, name), tensors in weights.items() for key in tensors}
     problems = [
         f"it has {key}, for which there is no place in the model"
-        for key in given
+        for key in given or own  # none that is given at all has another prefix
         if key not in placed and not any(_is_of_another_set(key, layers, name) for name in loaded)
     ]
     for (path, name), tensors in weights.items():
@@ -241,7 +284,7 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
 
 def _is_of_another_set(key: str, layers: dict[str, AdaptedLayer], name: str) -> bool:
     """Whether `key` would have a place in the adapter `name` if its skip set, which is fixed, were another one."""
-    layer = next((layer for path, layer in layers.items() if key.startswith(path)), None)
+    layer = next((layer for path, layer in layers.items() if key.startswith(f"{path}{name}.")), None)
     config = layer and layer.candidate.configs.get(name)
     return bool(config and config.skipped_modules is not None and layer.could_use(name))
 
@@ -252,6 +295,11 @@ def _misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], prefi
             yield f"{prefix}{key} is missing"
         elif given[key].shape != tensor.shape:
             yield f"{prefix}{key} has shape {tuple(given[key].shape)} instead of {tuple(tensor.shape)}"
+        elif tensor.is_floating_point() and not given[key].is_floating_point():
+            yield f"{prefix}{key} has dtype {given[key].dtype}, but weights are floating-point numbers"
+    for key in given:
+        if key not in own:
+            yield f"it has {prefix}{key}, for which there is no place in the model"
 
 
 def shorten(names: Iterable[str], most: int = 6) -> str:

@@ -1,41 +1,53 @@
 """The configuration of Efficient Attention Skipping."""
 
+import inspect
 import json
 import os
+import re
+import textwrap
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pickle import UnpicklingError
 from typing import Any, Literal
 
+import torch
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .peft_type import add_peft_type
+from .values import is_finite, is_int, python_number
 
 PEFT_TYPE = add_peft_type()
+# With which PEFT starts the name of each weight of an adapter's file.
+KEY_PREFIX = "base_model.model."
 
 
+def _with_fields_explained(config_class: type) -> type:
+    """Adds to the class's docstring, in front of "Raises:", each field as its metadata["help"] explains it."""
+    inherited = set(inspect.signature(PeftConfig).parameters)
+    entries = [
+        textwrap.fill(
+            f"{f.name} ({f.type if isinstance(f.type, str) else inspect.formatannotation(f.type)}, default "
+            f"{f.default!r}): {f.metadata['help']}",
+            width=115,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+        )
+        for f in sorted(fields(config_class), key=lambda f: f.name in inherited)
+        if "help" in f.metadata
+    ]
+    head, raises, tail = (config_class.__doc__ or "").partition("    Raises:")
+    config_class.__doc__ = "\n".join([f"{head}    Args:", *entries, "", f"{raises}{tail}"])
+    return config_class
+
+
+@_with_fields_explained
 @dataclass
 class EASConfig(PeftConfig):
     """Configuration of an [`EASModel`]: which MHAs may be skipped, how many, and what stands in their place.
 
     Source: Wu et al., arXiv 2403.15226; the defaults are the released values for a width of 4096.
-
-    Args:
-        target_modules: the MHAs that may be skipped.
-        exclude_modules: MHAs that are not touched.
-        modules_to_save: modules besides the adapters that are trained and saved.
-        num_skip: how many MHAs to skip.
-        skipped_modules: which MHAs to skip.
-        r: rank of the adapter of a skipped MHA.
-        attention_r: rank of the adapter of a kept MHA.
-        groups: diagonal blocks of the up-projections.
-        scale: factor on the adapters' output.
-        router_temperature: temperature of the router.
-        dropout: dropout in the bottleneck.
-        context: what the adapters' context is.
-        init_weights: whether the adapters start as the identity.
-        base_shape: shape of the base model, written at injection.
-        scores: the search's scores, written by it.
 
     Raises:
         ValueError: for a value out of range and for fields that contradict each other.
@@ -110,51 +122,67 @@ class EASConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
         for name in ("base_shape", "scores"):  # on a command line these are JSON, as in TrainingArguments
             if isinstance(getattr(self, name), str):
                 with suppress(json.JSONDecodeError):
                     setattr(self, name, json.loads(getattr(self, name)))
+        self._check_names()
         self._check_numbers()
         self._check_skipped_modules()
+
+    def _check_names(self) -> None:
+        what = "a list of names of modules, or of their endings"
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value, is_pattern = getattr(self, name), name != "modules_to_save"
+            if value is None:
+                continue
+            if isinstance(value, str) and value and is_pattern:
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(
+                        f"EASConfig({name}={value!r}): a text is a regular expression over full names, and this one "
+                        f"does not compile ({error}). Mend it, or give {what}."
+                    ) from error
+            elif isinstance(value, (list, tuple, set)) and all(isinstance(one, str) and one for one in value):
+                setattr(self, name, set(value) if is_pattern else list(dict.fromkeys(value)))
+            else:
+                allowed = f"{what}, a regular expression over full names" if is_pattern else what
+                raise ValueError(f"EASConfig({name}={value!r}): {name} must be {allowed}, or None.")
 
     def _check_numbers(self) -> None:
         def require(name: str, allowed: bool, what: str) -> None:
             if not allowed:
                 raise ValueError(f"EASConfig({name}={getattr(self, name)!r}): {name} must be {what}.")
 
-        def is_int(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        require("r", is_int(self.r) and self.r >= 1, "an integer of at least 1")
-        require("attention_r", is_int(self.attention_r) and self.attention_r >= 0, "an integer of at least 0")
-        require("groups", is_int(self.groups) and self.groups >= 1, "an integer of at least 1")
+        for name in ("r", "attention_r", "groups", "num_skip", "scale", "router_temperature", "dropout"):
+            setattr(self, name, python_number(getattr(self, name)))
+        require("r", is_int(self.r, 1), "an integer of at least 1")
+        require("attention_r", is_int(self.attention_r, 0), "an integer of at least 0")
+        require("groups", is_int(self.groups, 1), "an integer of at least 1")
         for name in ("r", "attention_r"):
             rank = getattr(self, name)
             require(name, rank % self.groups == 0, f"a multiple of groups={self.groups}")
-        require("scale", is_number(self.scale) and abs(self.scale) < float("inf"), "a finite number")
+        require("scale", is_finite(self.scale), "a finite number")
         require(
             "router_temperature",
-            is_number(self.router_temperature) and 0 < self.router_temperature < float("inf"),
+            is_finite(self.router_temperature) and self.router_temperature > 0,
             "a finite number above 0",
         )
-        require("dropout", is_number(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
+        require("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
         require("context", self.context in ("prompt", "running"), "'prompt' or 'running'")
+        require("init_weights", isinstance(self.init_weights, bool), "True or False")
+        require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
-            require("num_skip", is_int(self.num_skip) and self.num_skip >= 0, "an integer of at least 0, or None")
+            require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
         if self.base_shape is not None:
             require("base_shape", isinstance(self.base_shape, dict), "a dict, or None")
         if self.scores is not None:
             is_right = isinstance(self.scores, dict) and all(
-                isinstance(name, str) and is_number(score) and abs(score) < float("inf")
-                for name, score in self.scores.items()
+                isinstance(name, str) and is_finite(python_number(score)) for name, score in self.scores.items()
             )
             require("scores", is_right, "a dict from names of MHAs to finite numbers, or None")
+            self.scores = {name: python_number(score) for name, score in self.scores.items()}
 
     def _check_skipped_modules(self) -> None:
         names = self.skipped_modules
@@ -176,6 +204,15 @@ class EASConfig(PeftConfig):
         """Takes note of the skip set in force, which a checkpoint that is saved during the search shall name."""
         self._skipped_now = list(names)
 
+    def note_scores(self, scores: dict[str, float]) -> None:
+        """Takes note of the scores of a search that goes on."""
+        self._scores_now = dict(scores)
+
+    @property
+    def current_scores(self) -> dict[str, float] | None:
+        """The search's scores: those it left, or where they stand while it goes on."""
+        return self.scores if self.scores is not None else getattr(self, "_scores_now", None)
+
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary; during a search with the skip set in force as `skipped_modules`."""
         values = super().to_dict()
@@ -194,27 +231,53 @@ class EASConfig(PeftConfig):
         PEFT reads the weights only after it has changed the base model; a bad file is refused here, before that.
 
         Raises:
-            ValueError: if the weights file in the local folder is truncated, or holds no EAS adapter.
+            ValueError: if the weights file in the local folder is truncated, or holds no EAS adapter; if the config is
+                another method's.
         """
         folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        _check_weights_file(os.path.join(folder, "adapter_model.safetensors"))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        _check_weights_file(folder)
+        config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(config, cls):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds an adapter of the method {config.peft_type}, not of EAS. Load "
+                "it with PeftConfig.from_pretrained, or name the folder of an EAS adapter."
+            )
+        return config
 
 
-def _check_weights_file(path: str) -> None:
-    if not os.path.isfile(path):
+def _check_weights_file(folder: str) -> None:
+    """Checks the file that PEFT would read, if there is one."""
+    paths = (os.path.join(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    path = next(filter(os.path.isfile, paths), None)
+    if path is None:
         return
+    kind = "safetensors" if path.endswith(SAFETENSORS_WEIGHTS_NAME) else "PyTorch"
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
+        # By key, whether the numbers are of a floating-point type.
+        if kind == "safetensors":
+            with safe_open(path, framework="pt") as file:
+                floats = {key: file.get_slice(key).get_dtype().startswith(("F", "BF")) for key in file.keys()}  # noqa: SIM118
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            floats = {
+                key: isinstance(value, torch.Tensor) and value.is_floating_point() for key, value in weights.items()
+            }
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); it is truncated or not a safetensors file. Copy or download the "
-            "adapter again."
+            f"{path} cannot be read ({error}); it is truncated or not a {kind} file. Copy or download the adapter "
+            "again."
         ) from error
-    if not any(".eas_" in key for key in keys):
-        found = ", ".join(keys[:3]) or "no tensor at all"
+    advice = "Load it with the method that wrote it, or put the EAS adapter's own file in its place."
+    own = [key for key in floats if ".eas_" in key]
+    if not own:
+        found = ", ".join(list(floats)[:3]) or "no tensor at all"
+        raise ValueError(f"{path} holds no EAS adapter (no key with '.eas_'; it holds {found}). {advice}")
+    strange = [key for key in own if not key.startswith(KEY_PREFIX)]
+    if strange:
         raise ValueError(
-            f"{path} holds no EAS adapter (no key with '.eas_'; it holds {found}). Load it with the method that "
-            "wrote it, or put the EAS adapter's own file in its place."
+            f"{path} holds EAS weights under names that do not start with {KEY_PREFIX!r}, such as {strange[0]}, so "
+            f"that PEFT would leave them out. {advice}"
         )
+    strange = [key for key in own if not floats[key] and not key.endswith("num_contexts")]
+    if strange:
+        raise ValueError(f"{path} holds {strange[0]}, which is a weight, but no floating-point tensor. {advice}")

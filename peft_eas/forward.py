@@ -77,6 +77,7 @@ class Call:
     ) -> None:
         z = args[0] if args else kwargs["hidden_states"]
         self.num_sequences = z.shape[0] if z.dim() == 3 else 1
+        self.num_tokens = z.shape[:-1].numel()  # of all sequences
         self.prompt = kwargs.get(PROMPT_KEY) or current()
         self.cache = find_cache(args, kwargs)
         states, mask = (None, None) if attended is None else attended.read(args, kwargs)
@@ -100,9 +101,20 @@ class Call:
         return (self.prompt or Prompt(None)).mean(z)
 
     def as_sequences(self, z: torch.Tensor) -> torch.Tensor:
-        """z as (B, T, d), where a block may have flattened it to (B T, d), or packed sequences of any lengths."""
+        """z as (B, T, d), where a block may have flattened it to (B T, d), or packed sequences of any lengths.
+
+        Raises:
+            ValueError: if it has another number of tokens than the MHA was given.
+        """
         if z.dim() == 3:
             return z
+        if z.shape[:-1].numel() != self.num_tokens:
+            raise ValueError(
+                f"An FFN was given {z.shape[:-1].numel()} tokens (a tensor of shape {tuple(z.shape)}), but the "
+                f"attention in front of it {self.num_tokens}, in {self.num_sequences} sequences. In the block's row "
+                "of ARCHITECTURES, set `ffn` to the module that is given all tokens, such as that around several "
+                "experts."
+            )
         if self.packing is None:
             return z.unflatten(0, (self.num_sequences, -1))
         return z.new_zeros(*self.packing.shape, z.shape[-1]).masked_scatter(self.packing[..., None], z)

@@ -92,6 +92,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    def extra_repr(self) -> str:
+        skipped_by = sorted(self.candidate.skipped_by)
+        return f"MHA skipped by {skipped_by}" if skipped_by else "MHA kept"
+
     @property
     def adapter_in_force(self) -> str | None:
         """Name of the active adapter that has this MHA as a target, or None while adapters are disabled."""

@@ -175,7 +175,8 @@ class MergingTuner(BaseTuner):
 
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         check_whole(self.model)
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else list(names)
         skip_sets = [{mha for mha, one in self._candidates.items() if name in one.skipped_by} for name in names]
         is_known = bool(names) and set(names) <= set(self.peft_config) and len(set(names)) == len(names)
         if not is_known or any(skip_set != skip_sets[0] for skip_set in skip_sets):
@@ -212,7 +213,7 @@ class MergingTuner(BaseTuner):
 def record_of_fold(
     model: nn.Module, layers: Iterable[AdaptedLayer], adapter_names: list[str]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The record of a merge that folds the adapters `adapter_names`; and the shifts that stay, by name of their FFN."""
+    """The record of a merge that folds the adapters `adapter_names`; and the shifts that stay, by their FFN's name."""
     record: dict[str, Any] = {"format": FORMAT, "context": "running", "skipped": {}, "biases": [], "shifts": {}}
     shifts = {}
     for layer in layers:

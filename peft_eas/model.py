@@ -100,6 +100,11 @@ class EASModel(MergingTuner):
         self._candidates = dict(sorted(self._candidates.items(), key=lambda item: order.index(item[0])))
 
     def _check_name_is_free(self, name: str, config: EASConfig, present: dict[str, Candidate]) -> None:
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"adapter_name={name!r} was received. Choose a name without dots that is no attribute of "
+                "torch.nn.ModuleDict, such as 'default'."
+            )
         taken = next((c.configs[name] for c in present.values() if c.configs.get(name, config) is not config), None)
         if taken is not None:
             self.peft_config[name] = taken  # PEFT has entered the new config already
@@ -278,8 +283,7 @@ class EASModel(MergingTuner):
                 kept) was dropped, and while adapters are merged.
         """
         self._check_in_place()
-        names = list(names)
-        check_names(names, self.candidates)
+        names = check_names(names, self.candidates)
         if any(layer.merged for layer in self._layers()):
             raise ValueError("The adapters are merged, so the skip set cannot change. Call unmerge_adapter() first.")
         for layer in self._adapted_layers():

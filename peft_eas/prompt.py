@@ -208,6 +208,11 @@ class PromptHook:
         if mask is None:
             names = inspect.signature(module.forward).parameters if args else ()
             mask = functools.partial(self._mask, module, {**dict(zip(names, args)), **kwargs})
+        elif not isinstance(mask, torch.Tensor):
+            raise ValueError(
+                f"{PROMPT_MASK_KEY} of type {type(mask).__name__} was received. Pass a boolean tensor of the shape of "
+                "input_ids, True for the prompt's tokens."
+            )
         else:
             mask = mask.bool()
         prompt = Prompt(mask)

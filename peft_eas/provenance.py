@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layer import MHALayer
+from .layer import AdaptedLayer, MHALayer
 
 if TYPE_CHECKING:
     from .model import EASModel
@@ -43,13 +44,11 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     earlier = (getattr(base_config, "eas", None) or {}).get("origin") or {}
     name = config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None
     hub_id, unnamed = hub_id_of(name), f"a {getattr(base_config, 'model_type', 'torch')} model"
-    everything = {id(parameter): _size(parameter) for parameter in eas.model.parameters()}
-    added = {id(parameter) for other in eas.peft_config for parameter in _parameters_of(eas, other)}
     base = {
         "base_model": hub_id,
         "base_name": hub_id or (Path(name).resolve().name if name else unnamed),
         "license": base_license(name),
-        "base_parameters": sum(size for key, size in everything.items() if key not in added),
+        "base_parameters": size_of(eas.model, added_parameters(eas.model)),
     }
     if earlier and hub_id is None:  # merged before, and never published
         base |= {key: earlier[key] for key in base if key in earlier}
@@ -64,6 +63,29 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
         "trainable_parameters": sum(map(_size, _parameters_of(eas, adapter_name))),
         "peft_eas_version": __version__,
     }
+
+
+def added_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that EAS has added: adapters, copies of `modules_to_save`, biases from a fold in place."""
+    added = re.compile(r"\.(eas_input|eas_pia|modules_to_save)\.")
+    ids = {id(parameter) for name, parameter in model.named_parameters() if added.search(f".{name}")}
+    layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
+    return ids | {
+        id(layer.projections[path].bias)
+        for layer in layers
+        for path, record in layer.fold_records.items()
+        if not record.had_bias
+    }
+
+
+def size_of(module: nn.Module, but: Collection[int] = ()) -> int:
+    """How many parameters a module has, but for those whose ids are in `but`."""
+    return sum(_size(parameter) for parameter in module.parameters() if id(parameter) not in but)
+
+
+def is_same_mha(name: str, relative: str) -> bool:
+    """Whether an MHA's full name and one that is relative to some part of the model can be of one MHA."""
+    return f".{name}".endswith(f".{relative}")
 
 
 def candidates_of(eas: "EASModel", adapter_name: str) -> list[str]:

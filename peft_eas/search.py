@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .bandit import AttentionBandit, Reward, check_search_values
 from .model import EASModel
+from .values import is_int, python_number
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class EASSearch:
         seed: int = 0,
     ) -> None:
         given = locals()
-        settings = {name: given[name] for name in SETTINGS}
+        settings = {name: python_number(given[name]) for name in SETTINGS}
         check_settings(type(self).__name__, **settings)
         self.model = model
         self.eas = eas_of(model, type(self).__name__, type(self).__name__)
@@ -120,8 +121,8 @@ class EASSearch:
         self.batch_loss = batch_loss
         self.batches = batches
         self.optimizer = optimizer
-        self.interval = interval
-        self.num_candidates = num_candidates
+        self.interval = settings["interval"]
+        self.num_candidates = settings["num_candidates"]
         self.seed = seed
         self.step = 0
         self.bandit: AttentionBandit | None = None
@@ -131,14 +132,15 @@ class EASSearch:
             self.bandit = AttentionBandit(
                 self.eas.candidates,
                 self._config.num_skip,
-                temperature=score_temperature,
-                lr=score_lr,
+                temperature=settings["score_temperature"],
+                lr=settings["score_lr"],
                 reward=reward,
                 seed=seed,
             )
-        self._search_end = _to_steps(search_steps, num_steps)
-        self._warmup_end = _to_steps(warmup_steps, num_steps)
-        self._freeze_step = None if freeze_context_at is None else _to_steps(freeze_context_at, num_steps)
+        self._search_end = _to_steps(settings["search_steps"], num_steps)
+        self._warmup_end = _to_steps(settings["warmup_steps"], num_steps)
+        freeze_at = settings["freeze_context_at"]
+        self._freeze_step = None if freeze_at is None else _to_steps(freeze_at, num_steps)
         if self.is_searching:
             self._check_schedule(search_steps, warmup_steps, freeze_context_at)
             self._check_means()
@@ -254,6 +256,10 @@ class EASSearch:
     def _config(self) -> Any:
         return self.eas.peft_config[self.eas.active_adapters[0]]
 
+    @property
+    def _scores(self) -> dict[str, float]:
+        return dict(zip(self.bandit.candidates, self.bandit.scores))
+
     def _compare(self) -> None:
         """A round of rewards: a few sets on one held-out batch.
 
@@ -275,6 +281,7 @@ class EASSearch:
                 for module, mode in modes:  # such as a part of the model that is kept in evaluation mode
                     module.training = mode
         self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
+        self._config.note_scores(self._scores)
 
     def _checked_loss(self, batch: Any) -> torch.Tensor:
         loss = self.batch_loss(batch)
@@ -302,7 +309,7 @@ class EASSearch:
                 self.optimizer.state.pop(parameter, None)
         self._skipped_modules = self.eas.skipped_modules
         # In the adapter's config, its model card finds them.
-        self._config.scores = dict(zip(self.bandit.candidates, self.bandit.scores))
+        self._config.scores = self._scores
 
     @property
     def _is_freeze_due(self) -> bool:
@@ -386,13 +393,13 @@ def check_settings(
     if freeze_context_at is not None:
         _check_steps(caller, "freeze_context_at", freeze_context_at)
     for name, value, least in (("interval", interval, 1), ("num_candidates", num_candidates, 2)):
-        if not isinstance(value, int) or value < least:
+        if not is_int(value, least):
             raise ValueError(f"{caller}({name}={value!r}): {name} must be an integer of at least {least}.")
 
 
 def _check_steps(caller: str, name: str, value: Any) -> None:
     least = 0 if name == "warmup_steps" else 1
-    is_steps = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    is_steps = is_int(value, least)
     is_fraction = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0)
     if not (is_steps or is_fraction):
         raise ValueError(

@@ -177,6 +177,9 @@ class SkippedMHA(nn.Module):
             *parents, last = kept_norm.split(".")
             _container(self, parents, nn.Module).add_module(last, norm)
 
+    def __repr__(self) -> str:
+        return f"SkippedMHA({'deleted' if self.kept_norm is None else f'deleted but for {self.kept_norm}'})"
+
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As `nn.Module.named_modules`, without the marker, whose place other methods would take for a projection."""
         return (item for item in super().named_modules(*args, **kwargs) if not isinstance(item[1], Marker))

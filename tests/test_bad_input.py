@@ -1,11 +1,11 @@
 """What does not fit gets an error with what was received, what is allowed and what to do; nothing is half-applied.
 
-Bad values of the config and names that do not exist are in test_config.py, those given to `set_skipped_modules` in
-test_model.py.
+Bad values of the config are in test_config.py, those of `EASCallback` in test_callback.py.
 """
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_eas import EASConfig
+from peft_eas import ARCHITECTURES, EASConfig
 
 FAMILIES = ["llama", "gpt2", "bert"]
 
@@ -73,14 +73,14 @@ def _load(route, model, folder):
         model.load_adapter(str(folder))
 
 
-def refuse_to_load(folder, message, device, family="llama", routes=("new", "second"), **changes):
+def refuse_to_load(folder, message, device, family="llama", routes=("new", "second"), error=ValueError, **changes):
     """Asserts that the adapter in `folder` is refused for a new model, which stays as it was, as do the files."""
     for load in routes:
         model = build_model(family, device, **changes)
         files = files_of(folder)
         if load == "second":  # beside an adapter that is there already
             model = add_eas(model, family, [1])
-        with Unchanged(model, family), pytest.raises(ValueError, match=message):
+        with Unchanged(model, family), pytest.raises(error, match=message):
             _load(load, model, folder)
         if load == "second":
             assert list(model.peft_config) == ["default"]
@@ -172,6 +172,76 @@ def test_a_file_with_tensors_of_another_shape(folder, device):
     refuse_to_load(folder, r"do not fit.*up.*shape \(32, 1\) instead of \(32, \d\)", device)
 
 
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [("", torch.int32), ("", torch.bool), ("", torch.complex64), ("layers.2.mlp.eas_pia.router", torch.int8)],
+)
+def test_a_file_with_tensors_of_another_kind(part, dtype, folder, device):
+    change_file(folder, lambda weights: {key: v.to(dtype) if part in key else v for key, v in weights.items()})
+    refuse_to_load(folder, rf"adapter_model.safetensors holds .*{part}.*no floating-point tensor.*own file", device)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key: key.removeprefix("base_model.model."), r"do not start with 'base_model.model.'.*model.layers.0"),
+        (lambda key: f"model.{key}", r"do not start with 'base_model.model.', such as model.base_model"),
+        (
+            lambda key: key.replace("layers.2.mlp", "layers.2.ffn"),
+            r"do not fit.*layers\.2\.(ffn.*no place|mlp.*missing)",
+        ),
+        (
+            lambda key: key.replace("token_down", "tokens"),
+            r"do not fit.*(eas_pia.tokens.*no place|token_down.*missing)",
+        ),
+        (lambda key: key.replace("up.1", "up.2"), r"do not fit.*(up\.2.*no place|up\.1.*missing)"),
+        (lambda key: key.replace("eas_pia", "eas_adapter"), r"do not fit.*(no place|missing)"),
+    ],
+)
+def test_a_file_with_other_names(change, message, folder, device):
+    change_file(folder, lambda weights: {change(key): value for key, value in weights.items()})
+    refuse_to_load(folder, message, device)
+
+
+@pytest.mark.parametrize("name", ["layers.2.mlp.eas_pia.extra", "layers.2.mlp.eas_pia.up.2.weight", "norm.eas_pia.a"])
+def test_a_file_with_weights_that_have_no_place(name, folder, device):
+    """A newer version's, say, which would not compute the same without them."""
+    change_file(folder, lambda weights: {**weights, f"base_model.model.model.{name}": torch.zeros(2)})
+    refuse_to_load(folder, rf"do not fit.*{name.rpartition('.')[0]}.*no place in the model", device)
+
+
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "foreign", "no tensors", "integers", "names"])
+def test_a_pickled_file(kind, folder, device):
+    path = folder / "adapter_model.bin"
+    weights = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(
+        {
+            "foreign": {"base_model.model.lm_head.lora_A.weight": torch.zeros(2)},
+            "no tensors": {"a": 1},
+            "integers": {key: value.int() for key, value in weights.items()},
+            "names": {key.removeprefix("base_model."): value for key, value in weights.items()},
+        }.get(kind, weights),
+        path,
+    )
+    if kind in ("empty", "garbage", "truncated"):
+        path.write_bytes({"empty": b"", "garbage": b"<html>", "truncated": path.read_bytes()[:2000]}[kind])
+    message = {
+        "foreign": r"holds no EAS adapter.*lora_A",
+        "no tensors": r"holds no EAS adapter.*it holds a\)",
+        "integers": r"no floating-point tensor",
+        "names": r"do not start with 'base_model.model.'",
+    }.get(kind, r"adapter_model.bin cannot be read \((.|\n)*truncated.*Copy or download")
+    refuse_to_load(folder, message, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_file_in_another_precision_is_accepted(dtype, folder, device):
+    change_file(folder, lambda weights: {key: value.to(dtype) for key, value in weights.items()})
+    model = PeftModel.from_pretrained(build_model("llama", device), folder)
+    assert model.skipped_modules == mha_names("llama", [0, 2])
+
+
 def test_a_file_of_another_rank(folder, device, tmp_path):
     make_eas("llama", device, [0, 2], r=16).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "adapter_model.safetensors", folder)
@@ -218,10 +288,327 @@ def test_a_config_that_was_changed_by_hand(changes, message, folder, device):
     refuse_to_load(folder, message, device)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": "8"}, r"r='8'\): r must be an integer of at least 1"),
+        ({"r": 8.0}, r"r=8\.0\): r must be an integer"),
+        ({"dropout": "0.1"}, r"dropout='0\.1'\): dropout must be in \[0, 1\)"),
+        ({"init_weights": "no"}, r"init_weights='no'\): init_weights must be True or False"),
+        ({"scores": {"a": float("nan")}}, r"scores=.*must be a dict from names of MHAs to finite numbers"),
+        ({"scores": [0.5]}, r"scores=\[0\.5\]\): scores must be a dict"),
+        ({"base_shape": [4, 32]}, r"base_shape=\[4, 32\]\): base_shape must be a dict, or None"),
+        (
+            {"base_shape": {"num_mhas": 4}},
+            r"made for a base model with \{'num_mhas': 4\}, but this one has .*Load it on",
+        ),
+        (
+            {"target_modules": "model.layers.[0-3"},
+            r"regular expression .*does not compile \(unterminated.*give a list",
+        ),
+        ({"target_modules": 4}, r"target_modules=4\): target_modules must be a list of names"),
+        ({"exclude_modules": "*"}, r"exclude_modules='\*'\): .*does not compile \(nothing to repeat"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head'\): modules_to_save must be a list of names"),
+        ({"skipped_modules": "model.layers.0.self_attn"}, r"skipped_modules=.*: give a list of full module names"),
+        ({"skipped_modules": [], "num_skip": None}, r"do not fit.*no place"),
+    ],
+)
+def test_a_config_with_values_of_another_type(changes, message, folder, device):
+    change_config(folder, **changes)
+    refuse_to_load(folder, message, device)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", json.JSONDecodeError, "Expecting value: line 1 column 1"),
+        ('{"peft_type": "EAS", "r":', json.JSONDecodeError, "Expecting value: line 1"),
+        ("<html>", json.JSONDecodeError, "Expecting value"),
+        ("{}", KeyError, "peft_type"),
+        ('{"peft_type": null}', KeyError, "None"),
+        ('{"peft_type": "EAS2"}', KeyError, "EAS2"),
+        ("[]", TypeError, "list indices"),
+    ],
+)
+def test_a_config_that_is_broken(text, error, message, folder, device):
+    """PEFT reads it first, to find out the method, so that the errors are its own."""
+    (folder / "adapter_config.json").write_text(text)
+    refuse_to_load(folder, message, device, error=error)
+
+
+def test_another_methods_adapter_beside_one_of_eas(device, tmp_path):
+    get_peft_model(build_model("llama", device), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    refuse_to_load(tmp_path, r"different peft types.*EAS.*LORA", device, routes=("second",))
+
+
+def test_another_methods_config(tmp_path):
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds an adapter of the method .*LORA, not of EAS.*PeftConfig"):
+        EASConfig.from_pretrained(str(tmp_path))
+
+
+def test_a_config_from_the_future(folder, device):
+    """Fields that are not known are left out, and a warning says so."""
+    expected = logits(PeftModel.from_pretrained(build_model("llama", device), folder), make_inputs("llama", device))
+    change_config(folder, new_field=3, peft_version="99.0")
+    with pytest.warns(UserWarning, match="new_field"):
+        model = PeftModel.from_pretrained(build_model("llama", device), folder)
+    assert torch.equal(logits(model, make_inputs("llama", device)), expected)
+
+
 def test_saving_refuses_nothing_that_loading_accepts(folder, device):
     model = PeftModel.from_pretrained(build_model("llama", device), folder)
     model.save_pretrained(folder)
     PeftModel.from_pretrained(build_model("llama", device), folder)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+NO_LIST = "Give a list of full names of candidates: model.layers.0.self_attn"
+NO_CANDIDATE = r"cannot be skipped\. Use full names of candidates: model.layers.0.self_attn"
+BAD_NAMES = [
+    ("model.layers.0.self_attn", NO_LIST),
+    (b"model.layers.0.self_attn", NO_LIST),
+    (None, NO_LIST),
+    (3, NO_LIST),
+    ([3], NO_LIST),
+    ([None], NO_LIST),
+    ([["model.layers.0.self_attn"]], NO_LIST),
+    ([""], rf"names '', which {NO_CANDIDATE}"),
+    (["model.layers.0.self_attn "], rf"names 'model.layers.0.self_attn ', which {NO_CANDIDATE}"),
+    (["model.layers.0.mlp"], rf"names 'model.layers.0.mlp', which {NO_CANDIDATE}"),
+    (["слой.0"], rf"names 'слой.0', which {NO_CANDIDATE}"),
+    (["model.layers.*.self_attn"], rf"names 'model.layers.\*.self_attn', which {NO_CANDIDATE}"),
+    (mha_names("llama", [1, 3, 1]), r"names an MHA more than once: .*Name each once"),
+]
+
+
+@pytest.mark.parametrize(("names", "message"), BAD_NAMES)
+@pytest.mark.parametrize("method", ["set_skipped_modules", "fix_skipped_modules"])
+def test_skip_sets_that_are_none(method, names, message, device):
+    model = make_eas("llama", device, [], num_skip=2, skipped_modules=None)
+    model.set_skipped_modules(mha_names("llama", [1, 2]))
+    with Unchanged(model, "llama"), pytest.raises(ValueError, match=message):
+        getattr(model, method)(names)
+    assert model.skipped_modules == mha_names("llama", [1, 2])
+    assert model.peft_config["default"].skipped_modules is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": []}, r"target_modules=set\(\) matches nothing.*leave target_modules out"),
+        ({"target_modules": "all-linear"}, r"target_modules='all-linear' matches nothing.*model.layers.0.self_attn"),
+        ({"target_modules": ["слой"]}, r"target_modules=\{'слой'\} matches nothing.*model.layers.0.self_attn"),
+        ({"target_modules": ["mlp"]}, r"matches model.layers.0.mlp, .*which cannot be skipped"),
+        ({"exclude_modules": ["mlp"]}, r"exclude_modules=\{'mlp'\}: 'mlp' matches nothing that could be skipped"),
+        ({"exclude_modules": ["слой"]}, r"'слой' matches nothing that could be skipped"),
+        ({"modules_to_save": ["голова"]}, r"'голова' is no module of LlamaForCausalLM.*model.named_modules\(\)"),
+        ({"skipped_modules": ["слой.0"]}, rf"names 'слой.0', which {NO_CANDIDATE}"),
+        ({"skipped_modules": ["model.layers.0.mlp"]}, rf"names 'model.layers.0.mlp', which {NO_CANDIDATE}"),
+        ({"groups": 3, "r": 6, "attention_r": 6}, r"groups=3 does not divide the model's width, 32. Choose a divisor"),
+    ],
+)
+@pytest.mark.parametrize("place", ["new", "second"])
+def test_configs_that_do_not_fit_the_model(place, fields, message, device):
+    model = build_model("llama", device) if place == "new" else make_eas("llama", device, [1])
+    config = EASConfig(task_type="CAUSAL_LM", **fields)
+    with Unchanged(model, "llama"), pytest.raises(ValueError, match=message):
+        get_peft_model(model, config) if place == "new" else model.add_adapter("second", config)
+    if place == "second":
+        assert list(model.peft_config) == model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "keys", "training"])
+@pytest.mark.parametrize("place", ["new", "second"])
+def test_names_that_no_adapter_can_have(place, name, device):
+    model = build_model("llama", device) if place == "new" else make_eas("llama", device, [1])
+    config = EASConfig(task_type="CAUSAL_LM", num_skip=1)
+    message = rf"adapter_name={name!r} was received. Choose a name without dots .*such as 'default'"
+    with Unchanged(model, "llama"), pytest.raises(ValueError, match=message):
+        get_peft_model(model, config, adapter_name=name) if place == "new" else model.add_adapter(name, config)
+    if place == "second":
+        assert list(model.peft_config) == model.active_adapters == ["default"]
+
+
+# --- bases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mha_projections": ("self_attn.qkv",)}, r"names 'self_attn.qkv', but model.layers.0 has no such module"),
+        (
+            {"ffn_projections": ("mlp.up",)},
+            r"names 'mlp.up', but model.layers.0 has no such module. Set ARCHITECTURES",
+        ),
+        ({"mha": "attn", "mha_projections": ("attn.q_proj",)}, r"names 'attn', but model.layers.0 has no such module"),
+        ({"ffn": "ffn", "ffn_projections": ("ffn.up",), "branch": None}, r"names 'ffn', but .* no such module"),
+        ({"input_norm": "norm1"}, r"names 'norm1', but model.layers.0 has no such module"),
+        ({"output_norm": "norm2"}, r"names 'norm2', but model.layers.0 has no such module"),
+        ({"kept_norm": "self_attn.norm"}, r"names 'self_attn.norm', but model.layers.0 has no such module"),
+        ({"core": "self_attn.core"}, r"names 'self_attn.core', but model.layers.0 has no such module"),
+        ({"branch": ("norm3", "mlp")}, r"names 'norm3', but model.layers.0 has no such module"),
+        ({"ffn_projections": ("mlp.act_fn",)}, r"'mlp.act_fn' as a projection, but it is a SiLUActivation.*no weight"),
+        ({"ffn_projections": ("mlp.down_proj",)}, r"inputs of different widths .*'mlp.down_proj': 48.*one width"),
+    ],
+)
+@pytest.mark.parametrize("place", ["new", "second"])
+def test_a_row_that_does_not_fit_its_block(place, changes, message, device, monkeypatch):
+    model = build_model("llama", device) if place == "new" else make_eas("llama", device, [1])
+    row = replace(ARCHITECTURES["LlamaDecoderLayer"], **changes)
+    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
+    config = EASConfig(task_type="CAUSAL_LM", num_skip=1)
+    message = rf"The row of LlamaDecoderLayer in the table of architectures .*{message}"
+    with Unchanged(model, "llama"), pytest.raises(ValueError, match=message):
+        get_peft_model(model, config) if place == "new" else model.add_adapter("second", config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "text"}, r"kind='text'\): kind must be one of 'decoder', 'encoder', 'vision'"),
+        (
+            {"mha_projections": "self_attn.q_proj"},
+            r"mha_projections='.*must be a tuple of paths of modules in 'self_attn'",
+        ),
+        ({"mha_projections": ()}, r"mha_projections=\(\)\): .*such as \('self_attn.in_proj',\)"),
+        ({"mha_projections": ("mlp.up_proj",)}, r"must be a tuple of paths of modules in 'self_attn'"),
+        ({"ffn_projections": (3,)}, r"ffn_projections=\(3,\)\): ffn_projections must be a tuple of paths"),
+        ({"ffn_projections": ("up_proj",)}, r"must be a tuple of paths of modules in 'mlp', such as"),
+        ({"branch": ("post_attention_layernorm",)}, r"branch=.* does not contain ffn='mlp'. Name the FFN"),
+    ],
+)
+def test_rows_that_no_block_could_have(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(ARCHITECTURES["LlamaDecoderLayer"], **changes)
+
+
+@pytest.mark.parametrize("rows", [{"mha": "self_attn"}, ("self_attn", "mlp")])
+def test_what_is_no_row(rows, device, monkeypatch):
+    model = build_model("llama", device)
+    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", rows)
+    with (
+        Unchanged(model, "llama"),
+        pytest.raises(TypeError, match=r"ARCHITECTURES\['LlamaDecoderLayer'\] holds .*several"),
+    ):
+        get_peft_model(model, EASConfig(num_skip=1))
+
+
+class Flattened(nn.Module):
+    """An FFN whose inner part is given (batch · tokens, width), as those of mixtures of experts are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+@pytest.mark.parametrize("context", ["prompt", "running"])
+def test_an_ffn_that_flattens_its_tokens_is_as_good_as_one_that_does_not(context, device, monkeypatch):
+    inputs = make_inputs("llama", device)
+    expected = logits(make_eas("llama", device, [0, 2], context), inputs)
+    base = build_model("llama", device)
+    for block in base.model.layers:
+        block.mlp = Flattened(block.mlp)
+    projections = ("mlp.inner.gate_proj", "mlp.inner.up_proj")
+    row = replace(ARCHITECTURES["LlamaDecoderLayer"], ffn="mlp.inner", ffn_projections=projections, branch=None)
+    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
+    assert difference(logits(add_eas(base, "llama", [0, 2], context), inputs), expected) <= 1e-5
+
+
+class OnePart(Flattened):
+    """An FFN whose inner part is given some of the tokens, as one of several experts is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        return torch.cat([self.inner(tokens[1:]), tokens[:1]]).view(x.shape)
+
+
+@pytest.mark.parametrize("context", ["prompt", "running"])
+def test_an_ffn_that_is_given_some_of_the_tokens(context, device, monkeypatch):
+    base = build_model("llama", device)
+    for block in base.model.layers:
+        block.mlp = OnePart(block.mlp)
+    projections = ("mlp.inner.gate_proj", "mlp.inner.up_proj")
+    row = replace(ARCHITECTURES["LlamaDecoderLayer"], ffn="mlp.inner", ffn_projections=projections, branch=None)
+    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
+    model = add_eas(base, "llama", [], context, num_skip=1, skipped_modules=None, warm=False)
+    with Unchanged(model, "llama"):
+        model.set_skipped_modules(mha_names("llama", [1]))
+        message = (
+            r"was given 23 tokens \(.*\(23, 32\)\), but the attention .* 24, in 2 sequences.*set `ffn` to the module"
+        )
+        with pytest.raises(ValueError, match=message):
+            logits(model, make_inputs("llama", device))
+        model.set_skipped_modules([])
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+@pytest.mark.parametrize(("family", "kind"), [("bert", "encoder"), ("vit", "vision")])
+def test_a_task_that_the_model_is_not_for(family, kind, task_type, device):
+    model = build_model(family, device)
+    message = (
+        rf"task_type='{task_type}' is for models that generate text, but {type(model).__name__} .*{kind}.*'SEQ_CLS'"
+    )
+    with Unchanged(model, family), pytest.raises(ValueError, match=message):
+        get_peft_model(model, EASConfig(task_type=task_type, num_skip=1))
+    get_peft_model(model, EASConfig(num_skip=1))
+
+
+@pytest.mark.parametrize(
+    ("context", "fields", "message"),
+    [
+        (
+            "running",
+            {"skipped_modules": mha_names("llama", [0])},
+            r"names 'model.layers.0.self_attn', which .*: model.layers.1",
+        ),
+        (
+            "running",
+            {"target_modules": mha_names("llama", [0, 1])},
+            r"matches model.layers.0.self_attn, which cannot be skipped",
+        ),
+        ("running", {"num_skip": 3}, r"num_skip=3, but this model has 2 MHAs that may be skipped .*0 to 2"),
+        (
+            "prompt",
+            {"num_skip": 1},
+            r"was merged with context='prompt' and still has its adapters.*freeze_context\(\)",
+        ),
+    ],
+)
+def test_a_base_that_is_merged_already(context, fields, message, device):
+    model = make_eas("llama", device, [0, 2], context)
+    merged = model.merge_and_unload(context=None if context == "running" else "prompt")
+    with Unchanged(merged, "llama"), pytest.raises(ValueError, match=message):
+        get_peft_model(merged, EASConfig(task_type="CAUSAL_LM", **fields))
+
+
+def test_an_adapter_for_the_model_before_its_merge(folder, device):
+    merged = make_eas("llama", device, [0, 2], "running").merge_and_unload()
+    files = files_of(folder)
+    with Unchanged(merged, "llama"), pytest.raises(ValueError, match=r"model.layers.0.self_attn, .*cannot be skipped"):
+        PeftModel.from_pretrained(merged, folder)
+    assert files_of(folder) == files
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            [[True] * 12] * 2,
+            r"eas_prompt_mask of type list was received. Pass a boolean tensor of the shape of input_ids",
+        ),
+        ("all", r"eas_prompt_mask of type str was received"),
+        (torch.ones(2, 3), r"prompt mask has shape \(2, 3\), but the layer computes \(2, 12\)"),
+    ],
+)
+def test_prompt_masks_that_are_none(mask, message, device):
+    model = make_eas("llama", device, [0, 2])
+    with Unchanged(model, "llama"), pytest.raises(ValueError, match=message):
+        model(**make_inputs("llama", device), eas_prompt_mask=mask)
 
 
 # --- loading weights into a model that has the adapter ---------------------------------------------------------------

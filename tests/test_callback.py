@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, build_model
@@ -230,11 +231,47 @@ def test_the_best_checkpoint_is_one_of_the_final_model(tmp_path, freeze_at, fina
         ({"num_candidates": 1}, "num_candidates must be an integer of at least 2"),
         ({"score_lr": 0.0}, r"score lr is 0\.0; it must be a finite number above 0"),
         ({"score_temperature": float("inf")}, "score temperature is inf"),
+        ({"reward": None}, "reward=None is unknown"),
+        ({"reward": ["exp"]}, r"reward=\['exp'\] is unknown. Choose one of"),
+        ({"search_steps": None}, r"search_steps=None\): search_steps must be an integer of at least 1 .*or a float"),
+        ({"search_steps": "0.3"}, r"search_steps='0\.3'\): search_steps must be"),
+        ({"search_steps": float("nan")}, r"search_steps=nan\): search_steps must be"),
+        ({"search_steps": -0.1}, "float above 0.0 to 1.0"),
+        ({"warmup_steps": False}, r"warmup_steps=False\): warmup_steps must be an integer of at least 0"),
+        ({"warmup_steps": 1.5}, "float from 0.0 to 1.0"),
+        ({"freeze_context_at": "end"}, r"freeze_context_at='end'\): freeze_context_at must be"),
+        ({"freeze_context_at": True}, r"freeze_context_at=True\): freeze_context_at must be"),
+        ({"interval": True}, r"interval=True\): interval must be an integer of at least 1"),
+        ({"interval": 2.0}, r"interval=2\.0\): interval must be"),
+        ({"num_candidates": "3"}, r"num_candidates='3'\): num_candidates must be an integer of at least 2"),
+        ({"num_candidates": None}, r"num_candidates=None\): num_candidates must be"),
+        ({"score_lr": True}, "score lr is True; it must be a finite number above 0"),
+        ({"score_lr": "1"}, "score lr is '1'"),
+        ({"score_temperature": None}, "score temperature is None"),
+        ({"seed": "x"}, r"seed='x'\): seed must be an integer, or None"),
+        ({"seed": 1.5}, r"seed=1\.5\): seed must be an integer"),
+        ({"seed": True}, r"seed=True\): seed must be an integer"),
+        ({"reward_dataset": 3}, r"reward_dataset=3\): reward_dataset must be one dataset, such as Trainer takes"),
+        ({"reward_dataset": "eval"}, r"reward_dataset='eval'\): reward_dataset must be one dataset"),
+        ({"reward_dataset": {"a": []}}, r"reward_dataset=\{'a': \[\]\}\): reward_dataset must be one dataset"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         EASCallback(**change)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons_own():
+    changes = {
+        "search_steps": np.int64(8),
+        "warmup_steps": np.float32(0.25),
+        "seed": np.uint8(3),
+        "score_lr": np.int8(1),
+    }
+    saved = EASCallback(**changes).state()["args"]
+    assert json.dumps({name: saved[name] for name in changes}) == json.dumps(
+        {"search_steps": 8, "warmup_steps": 0.25, "seed": 3, "score_lr": 1}
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """Every bad config is refused with what was received, what is allowed and what to do; the model stays as it was."""
 
 import dataclasses
+import json
+import pydoc
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import ALL, LAYERS, build_model, logits, make_inputs, mha_names
 from peft import PeftConfig, get_peft_model
+from transformers import HfArgumentParser
 
 from peft_eas import EASConfig
 
@@ -28,27 +32,93 @@ def test_each_field_explains_itself():
             assert field.metadata["help"].endswith("."), field.name
 
 
+def test_help_shows_each_field_with_its_meaning_in_full():
+    text = " ".join(pydoc.render_doc(EASConfig, renderer=pydoc.plaintext).replace("|", " ").split())
+    places = []
+    for field in dataclasses.fields(EASConfig):
+        if "help" in field.metadata:
+            meaning = " ".join(field.metadata["help"].replace("|", " ").split())
+            found = re.search(rf" {field.name} \([^:]*default {re.escape(repr(field.default))}\): (.*)", text)
+            assert found, field.name
+            assert found[1].startswith(meaning), field.name
+            places.append(found.start())
+    assert max(places) < text.index("Raises:")
+    assert min(places) > text.index(" Args: ")
+    assert "{" not in EASConfig.__doc__
+
+
+def test_the_argument_parser_shows_each_field_with_its_meaning():
+    actions = {action.dest: action.help for action in HfArgumentParser(EASConfig)._actions}
+    for field in dataclasses.fields(EASConfig):
+        assert actions[field.name].startswith(field.metadata.get("help", "")), field.name
+
+
 NAN, INF = float("nan"), float("inf")
 
 
+NAMES = "a list of names of modules, or of their endings, a regular expression over full names, or None"
+OUT_OF_RANGE = {
+    "an integer of at least 1": {
+        "r": [0, -8, 4.0, NAN, "8", None, True, np.bool_(True), [8]],
+        "groups": [0, -2, 2.0, "2", None, True],
+    },
+    "an integer of at least 0": {"attention_r": [-1, -8, 4.0, "8", None, False]},
+    "a finite number": {"scale": [NAN, INF, -INF, "1", None, True, 1j, [1]]},
+    "a finite number above 0": {"router_temperature": [0, -1.0, NAN, INF, "10", None, True]},
+    "in [0, 1)": {"dropout": [-0.1, 1.0, 1.5, NAN, "0.1", None, False]},
+    "'prompt' or 'running'": {"context": ["Prompt", "static", None, 3, ["prompt"], b"prompt"]},
+    "an integer of at least 0, or None": {"num_skip": [-1, 1.5, "2", True, NAN, [2]]},
+    "a dict from names of MHAs to finite numbers, or None": {
+        "scores": [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}, {"a": None}, {"a": True}, "a"]
+    },
+    "True or False": {"init_weights": [1, 0, "no", None, "gaussian"]},
+    "a dict, or None": {"base_shape": [3, [4, 32], "4"]},
+    NAMES: {
+        "target_modules": [3, True, "", b"self_attn", [""], [3], [None], {"self_attn": 1}],
+        "exclude_modules": [3, "", [3], [""], {"self_attn": 1}],
+    },
+    "a list of names of modules, or of their endings, or None": {"modules_to_save": ["lm_head", 3, [3], [""], [None]]},
+}
+
+
 @pytest.mark.parametrize(
-    ("field", "values", "allowed"),
+    ("field", "value", "allowed"),
     [
-        ("r", [0, -8, 4.0, "8", None, True], "an integer of at least 1"),
-        ("attention_r", [-1, -8, 4.0, "8", None, False], "an integer of at least 0"),
-        ("groups", [0, -2, 2.0, "2", None, True], "an integer of at least 1"),
-        ("scale", [NAN, INF, -INF, "1", None, True], "a finite number"),
-        ("router_temperature", [0, -1.0, NAN, INF, "10", None], "a finite number above 0"),
-        ("dropout", [-0.1, 1.0, 1.5, NAN, "0.1", None], "in [0, 1)"),
-        ("context", ["Prompt", "static", None, 3], "'prompt' or 'running'"),
-        ("num_skip", [-1, 1.5, "2", True], "an integer of at least 0, or None"),
-        ("scores", [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}], "a dict from names of MHAs to finite numbers, or None"),
+        pytest.param(field, value, allowed, id=f"{field}={value!r}")
+        for allowed, fields in OUT_OF_RANGE.items()
+        for field, values in fields.items()
+        for value in values
     ],
 )
-def test_values_out_of_range(field, values, allowed):
-    for value in values:
-        with pytest.raises(ValueError, match=re.escape(f"EASConfig({field}={value!r}): {field} must be {allowed}")):
-            EASConfig(**{field: value})
+def test_values_out_of_range(field, value, allowed):
+    with pytest.raises(ValueError, match=re.escape(f"EASConfig({field}={value!r}): {field} must be {allowed}.")):
+        EASConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("value", ["[", "*self_attn", "model.(layers", "a{2,1}"])
+def test_texts_that_are_no_regular_expressions(field, value):
+    message = rf"EASConfig\({field}='{re.escape(value)}'\): .*does not compile \(.*\)\. Mend it, or give a list"
+    with pytest.raises(ValueError, match=message):
+        EASConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", np.int64(8)),
+        ("groups", np.int32(1)),
+        ("num_skip", np.uint8(2)),
+        ("scale", np.float32(0.5)),
+        ("dropout", np.float64(0.25)),
+        ("scores", {"a": np.float32(0.5)}),
+    ],
+)
+def test_numbers_of_numpy_are_taken_as_pythons_own(field, value, tmp_path):
+    config = EASConfig(**{field: value})
+    assert json.dumps(getattr(config, field)) == json.dumps(getattr(value, "item", lambda: {"a": 0.5})())
+    config.save_pretrained(tmp_path)
+    assert getattr(EASConfig.from_pretrained(tmp_path), field) == value
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 9), ("attention_r", 3)])

@@ -1,0 +1,321 @@
+"""`eas_summary`: the state, the score and the worth of each MHA of a model, as a table to read."""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import Architecture, at_path, find_mhas, join
+from .checks import block_width, matches
+from .layer import AdaptedLayer, FFNLayer, MHALayer
+from .merged import relative_name
+from .provenance import added_parameters, is_same_mha, size_of
+from .skipped import SkippedMHA
+from .values import is_int
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One MHA.
+
+    Attributes:
+        name: full name.
+        state: "skipped" or "kept"; "deleted" by a merge; "excluded" by the config; or "no target".
+        score: the search's, or None.
+        parameters: of the MHA, without a norm inside it that a skipped block still applies; 0 if it was deleted before
+            the adapters came.
+        adapter_parameters: of the adapter in use for it; in a merged model, of one that stays.
+        saved_parameters, saved_flops: by how much a merged model is smaller, and computes less per token, if this MHA
+            is skipped. Parameters: the MHA's and those of the norms that are deleted with it, less the biases that
+            folding PIA adds to the FFN, or PIA itself where it stays.
+        added_parameters, added_flops: what the adapter of a kept MHA leaves in the same way.
+    """
+
+    name: str
+    state: str
+    score: float | None
+    parameters: int
+    adapter_parameters: int
+    saved_parameters: int
+    saved_flops: int
+    added_parameters: int = 0
+    added_flops: int = 0
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the MHA is not computed."""
+        return self.state in ("skipped", "deleted")
+
+    def cells(self) -> tuple[str, ...]:
+        """What the table shows."""
+        score = "" if self.score is None else f"{self.score:+.4f}"
+        saved = (f"{number:,}" for number in (self.saved_parameters, self.saved_flops))
+        return (
+            *(self.name, self.state, score, f"{self.parameters:,}", f"{self.adapter_parameters:,}"),
+            *(saved if self.is_skipped else (f"({number})" for number in saved)),
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `eas_summary` returns; `print` shows it as a table.
+
+    Attributes:
+        rows: one per MHA, in the model's order.
+        base_parameters, base_flops: of the whole base model; FLOPs per token.
+        context_length: how many tokens a token attends to, as FLOPs are counted.
+    """
+
+    rows: list[SummaryRow]
+    base_parameters: int
+    base_flops: int
+    context_length: int
+
+    @property
+    def skipped(self) -> list[SummaryRow]:
+        """The MHAs that are not computed."""
+        return [row for row in self.rows if row.is_skipped]
+
+    @property
+    def saved_parameters(self) -> int:
+        """By how much a merged model is smaller than the base."""
+        added = sum(row.added_parameters for row in self.rows)
+        return sum(row.saved_parameters for row in self.skipped) - added
+
+    @property
+    def saved_flops(self) -> int:
+        """By how much a merged model computes less than the base per token."""
+        return sum(row.saved_flops for row in self.skipped) - sum(row.added_flops for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("MHA", "state", "score", "parameters", "adapter", "saved parameters", "saved FLOPs/token")
+        sums = (
+            sum(row.parameters for row in self.rows),
+            sum(row.adapter_parameters for row in self.rows),
+            self.saved_parameters,
+            self.saved_flops,
+        )
+        wholes = (*[self.base_parameters] * 3, self.base_flops)
+        count = f"{len(self.skipped)} of {len(self.rows)}"
+        lines = [
+            head,
+            *(row.cells() for row in self.rows),
+            ("total", count, "", *(f"{number:,}" for number in sums)),
+            ("of the base model", "", "", *(f"{100 * part / whole:.2f} %" for part, whole in zip(sums, wholes))),
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        table = [
+            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines
+        ]
+        ruler = "-" * len(table[0])
+        return "\n".join(
+            [
+                *(table[0], ruler, *table[1:-2], ruler, table[-2], table[-1].rstrip(), ""),
+                f"Base model: {self.base_parameters:,} parameters, {self.base_flops:,} FLOPs/token.",
+                f"Merged: {self.base_parameters - self.saved_parameters:,} parameters, "
+                f"{self.base_flops - self.saved_flops:,} FLOPs/token.",
+                f"FLOPs with {self.context_length:,} tokens to attend to. In parentheses: what skipping one more "
+                "saves.",
+            ]
+        )
+
+
+def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
+    """What EAS does to each MHA of `model` and what that saves; `print(eas_summary(model))` shows a table.
+
+    FLOPs are those of a forward pass, per token, where a multiplication and an addition count as two. After Chowdhery
+    et al., PaLM (arXiv 2204.02311, appendix B; a forward pass is a third of its 6 N + 12 L H Q T), an MHA needs
+
+        2 × (weights of its projections) + 4 × (heads × width of a head) × (tokens attended to)
+
+    where the second term is the products of queries with keys and of attention weights with values. The whole model
+    needs 2 × (weights of its linear layers, and of a mixture's experts those that a token is given to) and the second
+    term of every MHA that the table of architectures knows. A tower without a candidate is left out there, for its
+    tokens are others.
+
+    Args:
+        model: a model with EAS adapters, of which the active one counts, or a merged one.
+        context_length: how many tokens a token attends to: those before it in a decoder, all in an encoder, patches
+            in a vision model. An MHA with a sliding window attends to no more than that.
+
+    Raises:
+        TypeError: for a model without EAS. ValueError: for a context_length below 1.
+    """
+    if not is_int(context_length, 1):
+        raise ValueError(
+            f"eas_summary(context_length={context_length!r}): context_length must be an integer of at least 1."
+        )
+    inner = model.base_model if isinstance(model, PeftModel) else model
+    inner = inner.model if isinstance(inner, BaseTuner) else inner
+    if any(isinstance(module, MHALayer) for module in inner.modules()):
+        return _of_unmerged(inner, context_length)
+    if isinstance(inner, PreTrainedModel) and isinstance(getattr(inner.config, "eas", None), dict):
+        return _of_merged(inner, context_length)
+    raise TypeError(
+        f"eas_summary was given a {type(model).__name__} without EAS adapters and without deleted MHAs. Give it the "
+        "model that get_peft_model(model, EASConfig(...)) or merge_and_unload() returns."
+    )
+
+
+class _MHA:
+    """An MHA as it is in a base model, and what it is worth there.
+
+    Args:
+        added: ids of the parameters that are not the base's.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, block_name: str, row: Architecture, context_length: int, added: set[int]
+    ) -> None:
+        block = model.get_submodule(block_name)
+        self.name, self.block_name, self.kind = name, block_name, row.kind
+        self.ffn_name = join(block_name, row.ffn)
+        # A wrapper lets the attributes of what it wraps shine through.
+        self.mha, self.ffn = at_path(block, row.mha), at_path(block, row.ffn)
+        self.parameters = self.deleted_parameters = self.product_flops = self.flops = self.biases = self.ffn_biases = 0
+        self.is_deleted = isinstance(getattr(self.mha, "base_layer", self.mha), SkippedMHA)
+        if self.is_deleted:
+            return
+        inputs = [at_path(block, path) for path in row.mha_projections]
+        self.biases = _missing_biases(inputs, added)
+        # Experts have no biases; one vector in front of them takes their place.
+        ffn_inputs = () if row.experts else (at_path(block, path) for path in row.ffn_projections)
+        self.ffn_biases = block_width(model, block_name, row) if row.experts else _missing_biases(ffn_inputs, added)
+        kept = size_of(at_path(block, row.kept_norm), added) if row.kept_norm else 0
+        self.parameters = size_of(self.mha, added) - kept
+        norms = (at_path(block, path) for path in row.deleted_norms)
+        self.deleted_parameters = self.parameters + sum(size_of(norm, added) for norm in norms)
+        self.product_flops = self._product_flops(inputs, context_length)
+        self.flops = 2 * _linear_weights(self.mha) + self.product_flops
+
+    def _product_flops(self, inputs: list[nn.Module], context_length: int) -> int:
+        # The output projection reads all heads; the queries' may be one with keys and values.
+        others = [m for m in self.mha.modules() if _is_linear(m) and all(m is not one for one in inputs)]
+        width = _features(others[-1])[0] if others else _features(inputs[0])[1]
+        window = getattr(self.mha, "sliding_window", at_path(self.mha, "config.sliding_window"))
+        return 4 * width * min(context_length, window or context_length)
+
+    def summarized(
+        self, state: str, score: float | None, adapter_parameters: int = 0, added: int = 0, added_flops: int = 0
+    ) -> SummaryRow:
+        """Its row, where `added` and `added_flops` are what the adapter in use leaves in the merged model."""
+        common = (self.name, state, score, self.parameters, adapter_parameters)
+        if state in ("skipped", "deleted"):
+            return SummaryRow(*common, self.deleted_parameters - added, self.flops - added_flops)
+        return SummaryRow(*common, self.deleted_parameters - self.ffn_biases, self.flops, added, added_flops)
+
+
+def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
+    layers = {
+        (type(layer), layer.candidate.name): layer for layer in model.modules() if isinstance(layer, AdaptedLayer)
+    }
+    adapter_name = next(iter(layers.values())).active_adapters[0]
+    config = next(filter(None, (layer.candidate.configs.get(adapter_name) for layer in layers.values())))
+    scores, added = config.current_scores or {}, added_parameters(model)
+    parts = [_MHA(model, *found, context_length, added) for found in find_mhas(model)]
+    rows: list[SummaryRow] = []
+    ffns_with_biases: set[str] = set()  # one FFN may stand behind several MHAs
+    for part in parts:
+        score, mha = scores.get(part.name), layers.get((MHALayer, part.name))
+        if part.is_deleted:
+            rows.append(part.summarized("deleted", score))
+        elif mha is None or adapter_name not in mha.candidate.configs:
+            is_excluded = matches(config.exclude_modules, part.name)
+            rows.append(part.summarized("excluded" if is_excluded else "no target", score))
+        else:
+            is_skipped = adapter_name in mha.candidate.skipped_by
+            adapter = (layers[FFNLayer, part.name] if is_skipped else mha).used_adapter(adapter_name)
+            if is_skipped:
+                biases = 0 if part.ffn_name in ffns_with_biases else part.ffn_biases
+                ffns_with_biases.add(part.ffn_name)
+            else:
+                biases = part.biases
+            left = (0, 0) if adapter is None else (size_of(adapter), biases)
+            rows.append(part.summarized("skipped" if is_skipped else "kept", score, *left))
+    return Summary(rows, size_of(model, added), _flops(model, parts, rows), context_length)
+
+
+def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
+    record = model.config.eas
+    facts, base = record.get("origin") or {}, _before_merge(model)
+    scores = facts.get("scores") or {}
+    parts = [_MHA(base, *found, context_length, set()) for found in find_mhas(base)]
+    rows: list[SummaryRow] = []
+    compared: set[str] = set()
+    for part in parts:
+        name = relative_name(base, part.name)
+        candidate = next((c for c in facts.get("candidates") or [part.name] if is_same_mha(c, name)), None)
+        is_deleted = name in record["skipped"]
+        state = "deleted" if is_deleted else "no target" if candidate is None else "kept"
+        prefix = part.name.removesuffix(name)
+        own = [key for key, entry in record.get("adapters", {}).items() if entry["mha"] == name]
+        adapters = [model.get_submodule(prefix + key) for key in own]
+        path, before = (part.ffn_name, part.ffn) if is_deleted else (part.name, part.mha)
+        added = sum(map(size_of, adapters))
+        if not adapters and path not in compared:  # one FFN may stand behind several MHAs
+            added = size_of(model.get_submodule(path)) - size_of(before)
+            compared.add(path)
+        # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
+        flops = sum(2 * 2 * adapter.token_down.weight.numel() for adapter in adapters)
+        left = (sum(map(size_of, adapters)), added, flops)
+        rows.append(part.summarized(state, scores.get(candidate), *left))
+    return Summary(rows, size_of(base), _flops(base, parts, rows), context_length)
+
+
+def _before_merge(model: PreTrainedModel) -> PreTrainedModel:
+    """The base of a merged model, without values."""
+    stock = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not hasattr(c, "_auto_map"))
+    config = copy.deepcopy(model.config)
+    config.__class__ = stock.config_class  # some rows of the table ask for the model's type
+    config.__dict__.pop("model_type", None)
+    with torch.device("meta"):
+        return stock(config)
+
+
+def _flops(model: nn.Module, parts: list[_MHA], rows: list[SummaryRow]) -> int:
+    """FLOPs per token of the whole model without its adapters, but for towers without a candidate."""
+    kinds = {part.kind for part, row in zip(parts, rows) if row.state not in ("excluded", "no target")}
+    other_towers = tuple(f"{part.block_name}." for part in parts if part.kind not in kinds)
+    products = sum(part.product_flops for part in parts if part.kind in kinds)
+    return 2 * _linear_weights(model, other_towers) + products
+
+
+def _linear_weights(model: nn.Module, left_out: tuple[str, ...] = ()) -> int:
+    """How many weights a token is multiplied with in layers whose names do not start with one of `left_out`."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    experts_per_token = getattr(config, "num_experts_per_tok", None)
+    number = 0
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(left_out) or ".modules_to_save." in name:  # a copy of what is counted already
+            continue
+        if _is_linear(module):
+            number += math.prod(_features(module))  # a quantised weight has another shape
+        elif experts_per_token is not None:  # of all experts in one tensor
+            stacked = (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+            number += sum(experts_per_token * math.prod(parameter.shape[1:]) for parameter in stacked)
+    return number
+
+
+def _missing_biases(projections: Iterable[nn.Module], added: set[int]) -> int:
+    """How many numbers the fold adds to projections: a bias where the base has none."""
+    without = (p for p in projections if p.bias is None or id(p.bias) in added)
+    return sum(_features(projection)[1] for projection in without)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _features(projection: nn.Module) -> tuple[int, int]:
+    """Widths of what a projection reads and writes."""
+    is_conv1d = isinstance(projection, Conv1D)
+    return (projection.nx, projection.nf) if is_conv1d else (projection.in_features, projection.out_features)
