@@ -193,7 +193,7 @@ def test_merge_is_exact_saved_and_reloaded(name, on_request, skip, context, tmp_
     stock = getattr(transformers, family.model_class)
     loaded = merged_model_class(stock).from_pretrained(tmp_path, config=config)
     assert torch.equal(output(loaded.eval(), inputs), actual)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(Exception, match="EAS checkpoint"):  # whose class is another in each version
         stock.from_pretrained(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build_model, difference, logits, mha_names
+from families import ARCHITECTURES
 from peft import get_peft_model
 from torch.utils.data import Dataset
 from training import SCHEDULE, Sentences
@@ -108,11 +109,13 @@ class Questions(Sentences):
         return {"input_ids": ids[:6], "attention_mask": torch.ones(6, dtype=torch.long), "labels": ids[6:]}
 
 
-# Add an encoder-decoder as ("t5", "SEQ_2_SEQ_LM").
-@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"), ("bart", "SEQ_2_SEQ_LM")]
+)
 def test_seq2seq_trainer_that_predicts_by_generating(tmp_path, family, task) -> None:
     in_a_row = task == "CAUSAL_LM"
-    model = get_peft_model(build_model(family), EASConfig(task_type=task, **OPTIONS))
+    base = build_model(family) if in_a_row else ARCHITECTURES[family].build()
+    model = get_peft_model(base, EASConfig(task_type=task, **OPTIONS))
     shapes = []
 
     def note_shape(prediction) -> dict[str, float]:
