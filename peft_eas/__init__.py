@@ -12,6 +12,7 @@ from .checkpoint import AFTER_SAVE
 from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
 from .peft_type import add_to_cards
+from .search import EASSearch
 from .summary import eas_summary
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "EASCallback",
     "EASConfig",
     "EASModel",
+    "EASSearch",
     "InputAdapter",
     "PropagationAdapter",
     "eas_summary",

@@ -209,6 +209,19 @@ _SIGLIP = Architecture(
     attends=_OWN_TOKENS,
 )
 
+# The images of a batch in one row, or in Qwen2.5-VL's windowed blocks their windows: each with a context of its own.
+_PACKED_VISION = Architecture(
+    mha="attn",
+    mha_projections=("attn.qkv",),
+    ffn="mlp",
+    ffn_projections=("mlp.fc1",),
+    input_norm="norm1",
+    branch=("norm2", "mlp"),
+    kind="vision",
+    attends=("hidden_states", "cu_seqlens"),
+    returns=None,
+)
+
 # --- encoder-decoders ----------------------------------------------------------------------------------------------
 
 _BART_CROSS = Architecture(
@@ -334,6 +347,8 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
     "InternVLVisionLayer": replace(_VIT, branch=None),
     "Qwen2VLDecoderLayer": _LLAMA,
     "Qwen2_5_VLDecoderLayer": _LLAMA,
+    "Qwen2VLVisionBlock": _PACKED_VISION,
+    "Qwen2_5_VLVisionBlock": replace(_PACKED_VISION, ffn_projections=_named("mlp", "gate_proj up_proj")),
     "ViltLayer": Architecture(
         mha="attention",
         mha_projections=_named("attention.attention", "query key value"),
@@ -356,9 +371,6 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
 UNSUPPORTED: dict[str, str] = {
     "DebertaV2Layer": "its key projection also reads the embeddings of relative positions, which an adapter at the "
     "MHA's input must not touch, so that no fold is exact",
-    "Qwen2VLVisionBlock": "the images of a batch are packed into one sequence, so that no token tells its own prompt",
-    "Qwen2_5_VLVisionBlock": "the images of a batch are packed into one sequence, so that no token tells its own "
-    "prompt",
     "BridgeTowerResidualAttention": "its attention is torch.nn.MultiheadAttention, with the tokens in the "
     "place of the batch, and is called by another method than forward",
 }

@@ -1,7 +1,7 @@
 """The search for the MHAs that a task can do without: a bandit over MHAs, in plain numbers.
 
 Source: Wu et al., "Not All Attention is Needed" (arXiv 2403.15226), section 3. Nothing here knows of models or
-tensors; `EASCallback` turns training into losses, and this turns losses into a skip set.
+tensors; `EASSearch` turns training into losses, and this turns losses into a skip set.
 """
 
 import math

@@ -84,7 +84,7 @@ class CheckpointMixin:
                 f"the skipped attentions. {advice}"
             ) from error
         name = (model.config.architectures or [None])[0]
-        strange = [key for key in info["unexpected_keys"] if f".{ADAPTER_NAME}." in key or name == cls.__name__]
+        strange = [key for key in info["unexpected_keys"] if f".{ADAPTER_NAME}_" in key or name == cls.__name__]
         if strange:
             raise ValueError(
                 f"The checkpoint has {len(strange)} weights that its config tells nothing of, such as "
@@ -95,7 +95,7 @@ class CheckpointMixin:
             raise ValueError(
                 f"The checkpoint lacks {len(lost)} of the weights that it was saved with, such as {lost[0]}. {advice}"
             )
-        if any(parameter.is_meta for name, parameter in model.named_parameters() if f".{ADAPTER_NAME}." in name):
+        if any(parameter.is_meta for name, parameter in model.named_parameters() if f".{ADAPTER_NAME}_" in name):
             raise ValueError(
                 "device_map offloads adapters that this model has kept for each prompt's own context, which are not "
                 "brought back when they are needed. Choose a device_map that offloads nothing, or merge the model "

@@ -1,11 +1,13 @@
 """What a config, a base model and an adapter's weights must fulfil together, checked before anything is changed."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, at_path, default_targets, find_mhas, has_path, join, reasons_against
@@ -140,6 +142,25 @@ def matches(patterns: set[str] | str | None, name: str) -> bool:
     return bool(check_target_module_exists(probe, name))
 
 
+def prompt_root(config: EASConfig, model: nn.Module, targets: Targets) -> nn.Module:
+    """The module whose inputs tell the prompt: the outermost transformers model around the targets, else `model`.
+
+    Raises:
+        ValueError: if it has no keyword arguments in which the prompt could be handed on, and the context needs it.
+    """
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, PreTrainedModel) and all(target.startswith(prefix) for target in targets):
+            return module
+    parameters = inspect.signature(model.forward).parameters.values()
+    if config.context == "prompt" and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(
+            f"{type(model).__name__}.forward() takes no **kwargs, in which the prompt would be handed on to the "
+            "attentions. Let it take **kwargs and pass them on to its blocks, or use context='running'."
+        )
+    return model
+
+
 def check_skip_fields(config: EASConfig, targets: list[str]) -> None:
     """Raises a ValueError unless `skipped_modules` and `num_skip` fit the target MHAs."""
     check_names(config.skipped_modules or (), targets)
@@ -176,7 +197,7 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             does not divide a width, if the model computes its FFN in chunks, or if it was merged already and has kept
             its adapters.
     """
-    if any(hasattr(module, ADAPTER_NAME) for module in model.modules()):
+    if any(f"{ADAPTER_NAME}_" in name for name, _ in model.named_modules()):
         raise ValueError(
             f"{type(model).__name__} was merged with context='prompt' and still has its adapters, which other EAS "
             "adapters cannot stand in front of. Merge with a frozen context (freeze_context()) to train it further."
@@ -286,3 +307,18 @@ def shorten(names: Iterable[str], most: int = 6) -> str:
     """Names as a list to read, cut where it is long."""
     names = list(names)
     return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "") or "none"
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises a ValueError if `model` lies in shards on several ranks, where nothing can be folded into it."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"The model is sharded by FSDP ({sharded} is a DTensor), and adapters are merged into whole weights only. "
+            "Save the adapter with the full state dict (accelerator.get_state_dict(model)), load it onto the base "
+            "model in a new process, and merge there."
+        )

@@ -1,9 +1,11 @@
 """The configuration of Efficient Attention Skipping."""
 
 import inspect
+import json
 import os
 import re
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -105,11 +107,11 @@ class EASConfig(PeftConfig):
         default=True,
         metadata={"help": "True: adapters start as the identity. False: random adapters, for tests."},
     )
-    base_shape: dict[str, Any] | None = field(
+    base_shape: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Number of MHAs and widths of the base model. Written at injection, checked on loading."},
     )
-    scores: dict[str, float] | None = field(
+    scores: dict[str, float] | str | None = field(
         default=None,
         metadata={
             "help": "Score of each candidate, by its full name, as the search left them; the higher, the less it "
@@ -120,6 +122,10 @@ class EASConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        for name in ("base_shape", "scores"):  # on a command line these are JSON, as in TrainingArguments
+            if isinstance(getattr(self, name), str):
+                with suppress(json.JSONDecodeError):
+                    setattr(self, name, json.loads(getattr(self, name)))
         self._check_names()
         self._check_numbers()
         self._check_skipped_modules()
@@ -169,6 +175,8 @@ class EASConfig(PeftConfig):
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
+        if self.base_shape is not None:
+            require("base_shape", isinstance(self.base_shape, dict), "a dict, or None")
         if self.scores is not None:
             is_right = isinstance(self.scores, dict) and all(
                 isinstance(name, str) and is_finite(python_number(score)) for name, score in self.scores.items()

@@ -80,6 +80,14 @@ def low_rank_map(adapter: RoutedAdapter, context: torch.Tensor) -> LowRankMap:
     return LowRankMap(left[0], adapter.token_down.weight.detach().float(), shift[0])
 
 
+def added(maps: list[LowRankMap]) -> LowRankMap | None:
+    """The map z → z + the sum of what each of `maps` adds to z; None where there are none."""
+    if len(maps) < 2:
+        return maps[0] if maps else None
+    left, right = torch.cat([one.left for one in maps], dim=1), torch.cat([one.right for one in maps])
+    return LowRankMap(left, right, torch.stack([one.shift for one in maps]).sum(0))
+
+
 def check_projection(projection: Projection, name: str, with_bias: bool = True) -> None:
     """Raises unless `projection` is one that an adapter can be folded into; without a bias, any weight will do.
 

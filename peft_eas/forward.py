@@ -25,7 +25,7 @@ from .adapter import RoutedAdapter
 from .prompt import PROMPT_KEY, Prompt, cached_length, keys_attended_to, masked_mean, read_context, write_context
 from .skipped import advance_cache, find_cache
 
-ADAPTER_NAME = "eas_adapter"
+ADAPTER_NAME = "eas_adapter"  # in front of the name of the MHA
 SHIFT_NAME = "eas_shift"
 
 
@@ -65,6 +65,7 @@ class Call:
     Attributes:
         num_sequences: B, where the hidden states are (B, T, d). prompt: which tokens are the prompt. cache: the KV
             cache. attended: the states that the MHA attends to, (B, S, d), or None for its own tokens, and its mask.
+        packing: where the tokens of each sequence are, (B, T), if they are all in one row; else None.
     """
 
     def __init__(
@@ -79,7 +80,12 @@ class Call:
         self.num_tokens = z.shape[:-1].numel()  # of all sequences
         self.prompt = kwargs.get(PROMPT_KEY) or current()
         self.cache = find_cache(args, kwargs)
-        self.attended = (None, None) if attended is None else attended.read(args, kwargs)
+        states, mask = (None, None) if attended is None else attended.read(args, kwargs)
+        self.packing = None
+        if isinstance(mask, torch.Tensor) and mask.dim() == 1:  # where each of the sequences in one row ends
+            lengths = mask.diff()
+            mask = self.packing = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
+        self.attended = states, mask
 
     def context(self, z: torch.Tensor, tokens: str) -> torch.Tensor:
         """The context m in float32, (B, d), where an adapter reads z, (B, T, d).
@@ -95,7 +101,7 @@ class Call:
         return (self.prompt or Prompt(None)).mean(z)
 
     def as_sequences(self, z: torch.Tensor) -> torch.Tensor:
-        """z as (B, T, d), where a block may have flattened it to (B T, d).
+        """z as (B, T, d), where a block may have flattened it to (B T, d), or packed sequences of any lengths.
 
         Raises:
             ValueError: if it has another number of tokens than the MHA was given.
@@ -109,7 +115,13 @@ class Call:
                 "of ARCHITECTURES, set `ffn` to the module that is given all tokens, such as that around several "
                 "experts."
             )
-        return z.unflatten(0, (self.num_sequences, -1))
+        if self.packing is None:
+            return z.unflatten(0, (self.num_sequences, -1))
+        return z.new_zeros(*self.packing.shape, z.shape[-1]).masked_scatter(self.packing[..., None], z)
+
+    def as_given(self, sequences: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The inverse: `sequences`, (B, T, d), in the shape of `given`."""
+        return sequences.view(given.shape) if self.packing is None else sequences[self.packing]
 
 
 class Carrier:
@@ -221,15 +233,16 @@ class AdaptedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the module does."""
-        given = z = args[0] if args else kwargs["hidden_states"]
+        z = args[0] if args else kwargs["hidden_states"]
         decided = []
         for prompted, carrier in self.prompted:
             call = Call(args, kwargs, self.current) if carrier is None else carrier.take()
-            z = call.as_sequences(z)
-            z, new = prompted(z, call, z.shape[1] if self.is_counted else 0)
+            sequences = call.as_sequences(z)
+            sequences, new = prompted(sequences, call, sequences.shape[1] if self.is_counted else 0)
+            z = call.as_given(sequences, z)
             decided.append((prompted, new, call.cache))
         kwargs.pop(PROMPT_KEY, None)
-        args, kwargs = replace_hidden_states(z.view(given.shape), args, kwargs)
+        args, kwargs = replace_hidden_states(z, args, kwargs)
         output = type(self.module).forward(self.module, *args, **kwargs)
         for prompted, new, cache in decided:
             prompted.keep(new, cache)

@@ -19,6 +19,7 @@ from .fold import (
     ExpertWeights,
     FoldRecord,
     LowRankMap,
+    added,
     check_projection,
     fold,
     fold_is_finite,
@@ -271,47 +272,49 @@ class AdaptedLayer(EASLayer):
         if self.candidate.layer_idx is not None and self._takes_prompt(name):
             write_context(call.cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)
 
-    def low_rank_map(self, adapter_name: str) -> LowRankMap | None:
-        """What the adapter `adapter_name` is with its running context, or None if it has no use here."""
-        adapter = self.used_adapter(adapter_name)
-        return None if adapter is None else low_rank_map(adapter, adapter.running_context)
+    def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
+        """What the adapters `adapter_names` are together with their running contexts, or None without a use here."""
+        adapters = [adapter for name in adapter_names if (adapter := self.used_adapter(name)) is not None]
+        return added([low_rank_map(adapter, adapter.running_context) for adapter in adapters])
 
-    def check_fold(self, adapter_name: str, finite: bool) -> None:
-        """Raises if the adapter `adapter_name` cannot be folded, or with `finite` if it would leave a NaN.
+    def check_fold(self, adapter_names: list[str], finite: bool) -> None:
+        """Raises if the adapters `adapter_names` cannot be folded, or with `finite` if they would leave a NaN.
 
         Raises:
             TypeError: for a projection that `check_projection` refuses. ValueError: for a NaN or an infinity.
         """
-        update = self.low_rank_map(adapter_name)
+        update = self.low_rank_map(adapter_names)
         if update is not None and self.has_experts:
             shift_before(update)
         for name, projection in self.projections.items() if update is not None else ():
             full_name = f"{self.candidate.block}.{name}"
             check_projection(projection, full_name, with_bias=not self.has_experts)
             if finite and not fold_is_finite(projection, update):
-                raise ValueError(
-                    f"Folding the EAS adapter {adapter_name!r} would put NaN or infinity into {full_name}. Nothing "
-                    "was changed. Train again with a lower learning rate, or merge in a wider dtype."
+                raise ValueError(  # begins as PEFT's own
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be "
+                    f"broken: folding it would put NaN or infinity into {full_name}. Nothing was changed. Train again "
+                    "with a lower learning rate, or merge in a wider dtype."
                 )
 
-    def folds_into_quantised(self, adapter_name: str) -> bool:
-        """Whether folding the adapter `adapter_name` quantises a projection anew."""
-        return self.used_adapter(adapter_name) is not None and any(map(is_quantised, self.projections.values()))
+    def folds_into_quantised(self, adapter_names: list[str]) -> bool:
+        """Whether folding the adapters `adapter_names` quantises a projection anew."""
+        is_used = any(self.used_adapter(name) is not None for name in adapter_names)
+        return is_used and any(map(is_quantised, self.projections.values()))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Folds the one adapter of `adapter_names`, by default the one in force, unless one is folded already."""
-        name = adapter_names[0] if adapter_names else self.adapter_in_force
-        if self.merged or name is None:
+        """Folds the adapters `adapter_names`, by default the one in force, unless something is folded already."""
+        names = adapter_names or [name for name in [self.adapter_in_force] if name is not None]
+        if self.merged or not names:
             return
-        self.check_fold(name, finite=safe_merge)
+        self.check_fold(names, finite=safe_merge)
         if isinstance(self.base_layer, AdaptedLayer):  # it stands between this adapter and the projections
             self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        update = self.low_rank_map(name)
+        update = self.low_rank_map(names)
         if update is not None:
             has_bias = not self.has_experts
             self.fold_records = {path: fold(module, update, has_bias) for path, module in self.projections.items()}
             self.fold_shift = None if has_bias else shift_before(update)
-        self.merged_adapters.append(name)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Takes what was folded out of the projections again."""
@@ -372,7 +375,7 @@ class MHALayer(AdaptedLayer):
         seen = cached_length(call.cache, self.candidate.layer_idx) if self.needs_prompt else 0
         sequences = call.as_sequences(z)
         context = self._context(adapter, sequences, call, seen)
-        output = self._call_with_input(adapter(sequences, context).view(z.shape), args, kwargs)
+        output = self._call_with_input(call.as_given(adapter(sequences, context), z), args, kwargs)
         self._keep_context(context, call)
         return output
 
@@ -417,4 +420,4 @@ class FFNLayer(AdaptedLayer):
         seen = cached_length(call.cache, self.candidate.layer_idx) - z.shape[1] if self.needs_prompt else 0
         context = self._context(adapter, z, call, seen)
         self._keep_context(context, call)
-        return self.base_layer(adapter(z, context).view(hidden_states.shape), *args, **kwargs)
+        return self.base_layer(call.as_given(adapter(z, context), hidden_states), *args, **kwargs)

@@ -107,10 +107,9 @@ def apply_record(
         # Under another head than a language model's, labels mark no answer among the tokens.
         has_answer = record["answer_in_input"] and (model.can_generate() or not hasattr(model, "num_labels"))
         hook = PromptHook(model, is_needed=_yes, answer_in_input=_yes if has_answer else _no)
-        for name, entry in record["adapters"].items():
-            module = _find(model, entry["module"])
-            if not hasattr(module, entry["name"]):
-                _keep_adapter(model, module, kept[name] if kept else _new_adapter(entry), record, entry, hook)
+        for mha, entry in sorted(record["adapters"].items(), key=lambda item: item[1]["position"]):
+            if not hasattr(_find(model, entry["block"]), entry["name"]):
+                _keep_adapter(model, mha, kept[mha] if kept else _new_adapter(entry), record, hook)
 
 
 def _yes() -> bool:
@@ -126,29 +125,26 @@ def _new_adapter(entry: dict[str, Any]) -> RoutedAdapter:
 
 
 def _keep_adapter(
-    model: PreTrainedModel,
-    module: nn.Module,
-    adapter: RoutedAdapter,
-    record: dict[str, Any],
-    entry: dict[str, Any],
-    hook: PromptHook,
+    model: PreTrainedModel, mha: str, adapter: RoutedAdapter, record: dict[str, Any], hook: PromptHook
 ) -> None:
-    """Puts `adapter` in front of `module`, an MHA, or the FFN behind a deleted MHA."""
+    """Puts `adapter` in front of the MHA of the name `mha`, or of the FFN behind it if it is deleted."""
+    entry = record["adapters"][mha]
+    block, module = _find(model, entry["block"]), _find(model, entry["module"])
     weight = next(module.parameters(), None)
     if weight is None:
         raise ValueError(_misfit(model, entry["module"]))
     dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else model.dtype  # quantised
-    module.add_module(entry["name"], adapter.to(weight.device, dtype))
+    # It belongs to the block, for not every module takes another child: a Sequential would call it.
+    block.add_module(entry["name"], adapter.to(weight.device, dtype))
     prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["tokens"])
-    skipped = record["skipped"].get(entry["mha"])
+    skipped = record["skipped"].get(mha)
     if skipped is not None and skipped["branch"] is not None:
-        branch = _find(model, skipped["block"]).forward
-        branch.prompted[entry["child"]], branch.current = prompted, hook.current
+        block.forward.prompted[entry["child"]], block.forward.current = prompted, hook.current
         return
     carrier = None
     if entry["stands_for_skipped"] or entry["attended"] is not None:
         carrier = Carrier(hook.current, entry["attended"] and Attended(*entry["attended"]))
-        _find(model, entry["mha"]).register_forward_pre_hook(carrier, with_kwargs=True)
+        _find(model, mha).register_forward_pre_hook(carrier, with_kwargs=True)
     if not isinstance(module.forward, AdaptedForward):
         module.forward = AdaptedForward(module, hook.current, is_counted=entry["stands_for_skipped"])
     module.forward.prompted.append((prompted, carrier))

@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .adapter import RoutedAdapter
 from .architectures import join
+from .checks import check_whole
 from .fold import shift_before
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
@@ -36,17 +39,17 @@ class MergingTuner(BaseTuner):
             TypeError, ValueError: as `merge_and_unload`.
         """
         self._check_in_place()
-        name = self._name_to_merge(adapter_names)
-        if name != self._active_name:
+        names = self._names_to_merge(adapter_names)
+        if names != [self._active_name]:
             raise ValueError(
-                f"merge_adapter folds the active adapter, which is {self._active_name!r}, not {name!r}. Call "
-                f"set_adapter({name!r}) first, or merge_and_unload(adapter_names=[{name!r}])."
+                f"merge_adapter folds the active adapter, which is {self._active_name!r}, not {names}. Call "
+                f"set_adapter({names[0]!r}) first, or merge_and_unload(adapter_names={names})."
             )
         if any(layer.merged for layer in self._layers()):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
-        self._check_merge(name, safe_merge, warn=True)
-        super().merge_adapter(adapter_names=[name])
+        self._check_merge(names, safe_merge, warn=True)
+        super().merge_adapter(adapter_names=names)
 
     def merge_and_unload(
         self,
@@ -61,8 +64,8 @@ class MergingTuner(BaseTuner):
         stays as it is.
 
         Args:
-            safe_merge: whether to look for NaN and infinity first. adapter_names: the one adapter to merge, by default
-                the active one.
+            safe_merge: whether to look for NaN and infinity first. adapter_names: the adapter to merge, by default the
+                active one; or several that skip the same MHAs, which add up, each to what the others read.
             context: "running", the default: the adapters are folded with their running context, exact for an adapter
                 whose context is frozen. "prompt": the adapters of an adapter with context="prompt" stay in front of
                 the projections, as two thin factors that each prompt decides once; exact for any batch.
@@ -87,16 +90,20 @@ class MergingTuner(BaseTuner):
         self._check_in_place()
         record, kept = None, {}
         if merge:
-            name = self._name_to_merge(adapter_names)
-            self._check_context(name, context)
+            self._check_class()
+            adapter_names = names = self._names_to_merge(adapter_names)
+            name = names[0]
+            self._check_context(names, context)
             self._warn_without_search(name)
             merged = {other for layer in self._layers() for other in layer.merged_adapters}
-            if merged - {name}:
+            if merged and merged != set(names):
                 raise ValueError(
-                    f"The adapter {name!r} cannot be merged into weights that {sorted(merged)} is merged into. Call "
-                    "unmerge_adapter() first."
+                    f"The adapter {', '.join(map(repr, names))} cannot be merged into weights that {sorted(merged)} "
+                    "is merged into. Call unmerge_adapter() first."
                 )
             facts = origin(self, name)
+            for key in ("r", "attention_r", "trainable_parameters") if len(names) > 1 else ():
+                facts[key] = sum(origin(self, other)[key] for other in names)
             if context == "prompt":
                 record, kept = record_with_adapters(self.model, self._adapted_layers(), name)
                 record["answer_in_input"] = self.answer_in_input(name)
@@ -107,23 +114,47 @@ class MergingTuner(BaseTuner):
                     if name in layer.adapters:
                         del layer.adapters[name]  # so that there is nothing to fold
             else:
-                self._check_merge(name, safe_merge, warn=context is None)
-                record, kept = record_of_fold(self.model, self._adapted_layers(), name)
+                self._check_merge(names, safe_merge, warn=context is None)
+                record, kept = record_of_fold(self.model, self._adapted_layers(), names)
             record["origin"] = facts
-            adapter_names = [name]
+        self._choose_trained_modules(names if merge else [])
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         self._prompt_hook.remove()
         if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):
             turn_into_merged(model, record, kept)
         return model
 
-    def _check_context(self, name: str, context: str | None) -> None:
+    def _check_class(self) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            raise TypeError(
+                f"merge_and_unload makes a transformers model one without the skipped attentions, but this base is a "
+                f"{type(self.model).__name__}. Give the transformers model inside it to get_peft_model, or fold in "
+                "place with merge_adapter()."
+            )
+
+    def _choose_trained_modules(self, names: list[str]) -> None:
+        """Lets PEFT leave the modules_to_save of the adapters `names` in the model, or without any the base's.
+
+        Where several of them have one, it is the active adapter's, or the first's.
+        """
+        for wrapper in self.model.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                own = [name for name in names if name in wrapper.modules_to_save]
+                active = [name for name in own if name in self.active_adapters]
+                wrapper.set_adapter((active or own)[:1])
+
+    def _check_context(self, names: list[str], context: str | None) -> None:
         if context not in (None, "running", "prompt"):
             raise ValueError(f"context={context!r} was received. Merge with context='running' or context='prompt'.")
-        if context == "prompt" and self.peft_config[name].context == "running":
+        if context == "prompt" and len(names) > 1:
             raise ValueError(
-                f"The adapter {name!r} has a frozen context (context='running'), so there is nothing for a prompt to "
-                "decide. Merge it with merge_and_unload() alone, which is exact."
+                f"context='prompt' keeps the adapters, of which one can stay, but adapter_names={names} was received. "
+                "Name one, or merge with context='running'."
+            )
+        if context == "prompt" and self.peft_config[names[0]].context == "running":
+            raise ValueError(
+                f"The adapter {names[0]!r} has a frozen context (context='running'), so there is nothing for a prompt "
+                "to decide. Merge it with merge_and_unload() alone, which is exact."
             )
 
     def _warn_without_search(self, name: str) -> None:
@@ -142,51 +173,57 @@ class MergingTuner(BaseTuner):
                 "This model's adapters are merged or unloaded already. Use the model that the first call returned."
             )
 
-    def _name_to_merge(self, adapter_names: list[str] | None) -> str:
+    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        check_whole(self.model)
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [names] if isinstance(names, str) else list(names)
-        if len(names) != 1 or names[0] not in self.peft_config:
+        skip_sets = [{mha for mha, one in self._candidates.items() if name in one.skipped_by} for name in names]
+        is_known = bool(names) and set(names) <= set(self.peft_config) and len(set(names)) == len(names)
+        if not is_known or any(skip_set != skip_sets[0] for skip_set in skip_sets):
             raise ValueError(
-                f"EAS merges one adapter, but adapter_names={names} was received. Adapters: {list(self.peft_config)}."
+                f"EAS merges one adapter, or several that skip the same MHAs, but adapter_names={names} was received. "
+                f"Adapters: {list(self.peft_config)}."
             )
-        return names[0]
+        return names
 
-    def _check_merge(self, name: str, finite: bool, warn: bool) -> None:
-        if warn and self.peft_config[name].context == "prompt":
+    def _check_merge(self, names: list[str], finite: bool, warn: bool) -> None:
+        of_prompt = [name for name in names if self.peft_config[name].context == "prompt"]
+        if warn and of_prompt:
             warnings.warn(
-                f"The EAS adapter {name!r} takes its context from each prompt (context='prompt'). Merging folds the "
-                "running mean of the prompts in its place, so the merged model's outputs differ from this one's. Call "
-                "freeze_context() before the last part of training (EASCallback does) for a merge that is exact, or "
-                "merge_and_unload(context='prompt') for a model that keeps each prompt's own context.",
+                f"The EAS adapter {', '.join(map(repr, of_prompt))} takes its context from each prompt "
+                "(context='prompt'). Merging folds the running mean of the prompts in its place, so the merged "
+                "model's outputs differ from this one's. Call freeze_context() before the last part of training "
+                "(EASCallback does) for a merge that is exact, or merge_and_unload(context='prompt') for a model that "
+                "keeps each prompt's own context.",
                 stacklevel=2,
             )
-        layers = [layer for layer in self._adapted_layers() if not layer.merged and name in layer.candidate.configs]
+        layers = [layer for layer in self._adapted_layers() if not layer.merged]
         for layer in layers:
-            layer.check_fold(name, finite)
-        if any(layer.folds_into_quantised(name) for layer in layers):
+            layer.check_fold(names, finite)
+        if any(layer.folds_into_quantised(names) for layer in layers):
             warnings.warn(
-                f"The EAS adapter {name!r} is folded into quantised weights, which are quantised anew: the merged "
-                "model's outputs differ from this one's by about the error of the quantisation itself. For an exact "
-                "merge call get_base_model().dequantize(dtype=torch.bfloat16) on this model first, where transformers "
-                "can, or load the adapter on the base model without quantisation.",
+                f"The EAS adapter {', '.join(map(repr, names))} is folded into quantised weights, which are quantised "
+                "anew: the merged model's outputs differ from this one's by about the error of the quantisation "
+                "itself. For an exact merge call get_base_model().dequantize(dtype=torch.bfloat16) on this model "
+                "first, where transformers can, or load the adapter on the base model without quantisation.",
                 stacklevel=2,
             )
 
 
 def record_of_fold(
-    model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str
+    model: nn.Module, layers: Iterable[AdaptedLayer], adapter_names: list[str]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The record of a merge that folds the adapter `adapter_name`, and the shifts that stay, by name of their FFN."""
+    """The record of a merge that folds the adapters `adapter_names`; and the shifts that stay, by their FFN's name."""
     record: dict[str, Any] = {"format": FORMAT, "context": "running", "skipped": {}, "biases": [], "shifts": {}}
     shifts = {}
     for layer in layers:
-        _record_skipped(record, model, layer, adapter_name)
-        adapter = layer.low_rank_map(adapter_name)
-        if adapter is None:
+        _record_skipped(record, model, layer, adapter_names[0])
+        update = layer.low_rank_map(adapter_names)
+        if update is None:
             continue
         if layer.has_experts:
             name = relative_name(model, join(layer.candidate.block, layer.candidate.architecture.ffn))
-            shifts[name] = shift_before(adapter)
+            shifts[name] = shift_before(update)
             record["shifts"][name] = len(shifts[name])
             continue
         for path, projection in layer.projections.items():
@@ -201,7 +238,7 @@ def record_of_fold(
 def record_with_adapters(
     model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str
 ) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
-    """The record of a merge that keeps the adapters for each prompt's own context, and these, by module name."""
+    """The record of a merge that keeps the adapters for each prompt's own context, and these, by name of their MHA."""
     record: dict[str, Any] = {"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}}
     layers, kept = list(layers), {}
     attended = {layer.candidate: layer.attended for layer in layers if isinstance(layer, MHALayer)}
@@ -211,15 +248,14 @@ def record_with_adapters(
         if adapter is None:
             continue
         candidate, row = layer.candidate, layer.candidate.architecture
+        mha = relative_name(model, candidate.name)
         path = row.ffn if layer.stands_for_skipped else (row.core or row.mha)
-        module = relative_name(model, join(candidate.block, path))
-        number = sum(entry["module"] == module for entry in record["adapters"].values())
-        name = f"{ADAPTER_NAME}_{number}" if number else ADAPTER_NAME
-        kept[f"{module}.{name}"] = adapter
-        record["adapters"][f"{module}.{name}"] = {
-            "module": module,
-            "name": name,
-            "mha": relative_name(model, candidate.name),
+        kept[mha] = adapter
+        record["adapters"][mha] = {
+            "block": relative_name(model, candidate.block),
+            "name": f"{ADAPTER_NAME}_{row.mha.replace('.', '_')}",
+            "module": relative_name(model, join(candidate.block, path)),
+            "position": len(record["adapters"]),  # JSON is saved sorted by name
             "stands_for_skipped": layer.stands_for_skipped,
             "child": row.ffn,
             "layer_idx": candidate.layer_idx,

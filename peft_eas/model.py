@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +11,14 @@ from torch import nn
 
 from .architectures import join, rows_of
 from .checks import (
+    Targets,
     block_width,
     check_base,
     check_names,
     check_skip_fields,
     check_state_dict,
     find_targets,
+    prompt_root,
     skippable_mhas,
 )
 from .config import EASConfig
@@ -43,6 +46,26 @@ class EASModel(MergingTuner):
 
     # --- injection -------------------------------------------------------------------------------------------------
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """See PEFT. A config object that another adapter has already is copied, for each has its own skip set."""
+        config = self.peft_config[adapter_name]
+        layers = (module for module in model.modules() if isinstance(module, EASLayer))
+        taken = [*self.peft_config.items(), *(item for layer in layers for item in layer.candidate.configs.items())]
+        if any(other is config and name != adapter_name for name, other in taken):
+            self.peft_config[adapter_name] = replace(config)
+        if state_dict is not None:
+            parts = ((*key.rpartition(f".{self.prefix}"), value) for key, value in state_dict.items())
+            mhas = skippable_mhas(model)
+            state_dict = {"".join((_mha_of(path, mhas), dot, end)): value for path, dot, end, value in parts}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
     def _prepare_adapter_config(self, peft_config: EASConfig, model_config: dict) -> EASConfig:
         return peft_config  # `_prepare_model` finds the targets, because it has the model to look at
 
@@ -51,6 +74,7 @@ class EASModel(MergingTuner):
         targets = find_targets(peft_config, model)
         check_skip_fields(peft_config, list(targets))
         shape = check_base(peft_config, model, targets)
+        root = prompt_root(peft_config, model, targets)
         # Another EASModel, such as transformers makes for each adapter, may have wrapped the model before.
         present = {layer.candidate.name: layer.candidate for layer in model.modules() if isinstance(layer, EASLayer)}
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
@@ -61,8 +85,8 @@ class EASModel(MergingTuner):
         if not hasattr(self, "_candidates"):
             self._candidates: dict[str, Candidate] = present
             self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, PromptHook))
-            self._prompt_hook = next(hooks, None) or PromptHook(model, self._needs_prompt, self.answer_in_input)
+            hooks = (hook for hook in root._forward_pre_hooks.values() if isinstance(hook, PromptHook))
+            self._prompt_hook = next(hooks, None) or PromptHook(root, self._needs_prompt, self.answer_in_input)
             self.register_load_state_dict_pre_hook(EASModel._refuse_unfit_weights)
         self._newest_adapter, self._prompt_hook.was_used = name, False
         order = list(skippable_mhas(model))
@@ -99,7 +123,7 @@ class EASModel(MergingTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        candidate = self._candidate_of(current_key)
+        candidate = self._candidates.get(current_key)
         if candidate is None or adapter_name in candidate.configs:
             return
         candidate.configs[adapter_name] = peft_config
@@ -121,16 +145,6 @@ class EASModel(MergingTuner):
                 block.set_submodule(path, layer)
             if isinstance(layer, AdaptedLayer) and owner is candidate:
                 layer.add_adapter(adapter_name, peft_config, width)
-
-    def _candidate_of(self, key: str) -> Candidate | None:
-        """The candidate of an MHA's name, or of its FFN's: an adapter's file holds weights under either."""
-        if key in self._candidates:
-            return self._candidates[key]
-        # Weights in front of an FFN are named by how far inside its wrappers they are: the last MHA's come first.
-        ffn, *inside = key.split(".base_layer")
-        behind = [c for c in self._candidates.values() if join(c.block, c.architecture.ffn) == ffn]
-        depth = len(inside)
-        return behind[-1 - depth] if depth < len(behind) else None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -297,6 +311,13 @@ class EASModel(MergingTuner):
         config.num_skip = len(config.skipped_modules)
         for layer in self._adapted_layers():
             layer.drop_unused_adapter(self._active_name)
+
+
+def _mha_of(path: str, mhas: Targets) -> str:
+    """The MHA that weights at `path` belong to, if that is an FFN: each of its wrappers stands for one MHA."""
+    ffn, *inside = path.split(".base_layer")
+    behind = [mha for mha, (block, row) in mhas.items() if join(block, row.ffn) == ffn]
+    return behind[-1 - len(inside)] if len(inside) < len(behind) else path
 
 
 def _wrapper_of(candidate: Candidate, layer: nn.Module) -> EASLayer | None:

@@ -1,7 +1,7 @@
 """Pictures of a search, from what a run leaves behind. Needs matplotlib: `pip install peft_eas[plots]`.
 
 Both functions take the search as any of: the folder of a run or of a checkpoint, the path of its `eas_search.json` or
-`trainer_state.json`, or the record that is in these (`EASCallback.record`).
+`trainer_state.json`, or the record that is in these (`EASCallback.record`, `EASSearch.state_dict()`).
 """
 
 import json
@@ -235,7 +235,7 @@ def _read(source: Source) -> tuple[AttentionBandit, list[str], bool]:
     record = source if isinstance(source, dict) else _read_file(Path(source))
     if "stateful_callbacks" in record:
         record = (record["stateful_callbacks"].get("EASCallback") or {}).get("record") or {}
-    if "bandit" not in record:
+    if record.get("bandit") is None:
         raise ValueError(
             f"{source if not isinstance(source, dict) else 'The record'} holds no search. Give the folder of a run "
             "with EASCallback that searched (not one with skipped_modules given), its eas_search.json, or a "

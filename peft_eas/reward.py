@@ -1,16 +1,16 @@
-"""The held-out batches that the search is rewarded on: where they come from, and the loss of a skip set on them."""
+"""The held-out batches that the search is rewarded on under Trainer: where they come from, and the loss on them."""
 
-import contextlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import Trainer
+
+from .search import preserved_random_state
+from .trainer import untouched_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def choose_reward_set(trainer: Trainer, given: Any, held_back: Any, seed: int) -
 
 
 class RewardSet:
-    """Batches of a held-out set and the losses of skip sets on them.
+    """Batches of a held-out set and the model's loss on them.
 
     The set is gone through in a random order that depends on `seed` alone, a batch per round, again and again; a batch
     is found by its round's number, so that there is nothing to save for a resumed run. Each rank takes a batch of its
@@ -102,31 +102,18 @@ class RewardSet:
         self._samples: Dataset = loader.dataset
         self._collate = loader.collate_fn
         self._order = random.Random(seed).sample(range(len(dataset)), len(dataset))
+        self._number: int | None = None
+        self._loaded: dict[str, Any] = {}
         with preserved_random_state(seed):
             self._check_labels(self._batch(0))
 
-    def losses(self, sets: Sequence[Sequence[str]], number: int) -> list[float]:
-        """Loss of each skip set on the batch of round `number`, without gradients, as the mean over all ranks.
-
-        The model computes in evaluation mode, under the mixed precision it is trained with. Its mode, its running
-        contexts and all random states are afterwards what they were; its skip set is the last of `sets`.
-        """
-        model = self.trainer.model
-        was_training = model.training
-        losses = []
-        with preserved_random_state(self.seed + number):
-            batch = self._batch(number)
-            model.eval()
-            try:
-                for names in sets:
-                    model.base_model.set_skipped_modules(names)
-                    # A copy, as label smoothing takes the labels out.
-                    losses.append(self.trainer.prediction_step(model, dict(batch), prediction_loss_only=True)[0])
-            finally:
-                model.train(was_training)
-        on_ranks = self.trainer.accelerator.gather(torch.stack(losses).float()[None])
-        # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
-        return on_ranks.double().cpu().mean(0).tolist()
+    def loss(self, number: int) -> torch.Tensor:
+        """Loss of the model as it is now on this rank's batch of round `number`."""
+        if number != self._number:
+            self._number, self._loaded = number, self._batch(number)
+        with untouched_metrics(self.trainer):
+            # A copy, as label smoothing takes the labels out.
+            return self.trainer.prediction_step(self.trainer.model, dict(self._loaded), prediction_loss_only=True)[0]
 
     def _batch(self, number: int) -> dict[str, Any]:
         args = self.trainer.args
@@ -143,19 +130,3 @@ class RewardSet:
             f"label_names are {names}. Give it labels, or set TrainingArguments(label_names=...) to what they are "
             "called."
         )
-
-
-@contextlib.contextmanager
-def preserved_random_state(seed: int) -> Iterator[None]:
-    """Seeds all random states inside, and gives them back as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

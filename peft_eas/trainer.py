@@ -1,9 +1,12 @@
 """What `EASCallback` must know about transformers' Trainer, and do to it, beyond what its events offer."""
 
+import contextlib
+import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState
 
 from .model import EASModel
 
@@ -25,7 +28,7 @@ def calling_trainer() -> Trainer:
         frame = frame.f_back
     raise RuntimeError(
         "EASCallback was called from outside a transformers.Trainer. Pass it as Trainer(callbacks=[EASCallback()]), "
-        "or write a loop of your own with AttentionBandit and EASModel.set_skipped_modules."
+        "or use EASSearch in a loop of your own."
     )
 
 
@@ -43,15 +46,29 @@ def describe_progress(trainer: Trainer, text: str) -> None:
             bar.set_description(text)
 
 
-def check_labels_reach_model(trainer: Trainer, eas: EASModel) -> None:
-    """Raises a ValueError where Trainer keeps the labels from a model whose context is the prompt.
+def check_context_of_batches(trainer: Trainer, eas: EASModel) -> None:
+    """Raises a ValueError where the context is the prompt, but Trainer's batches do not tell what the prompt is.
 
-    With remove_unused_columns=False a batch may bring `eas_prompt_mask` instead; the model warns if it does not.
+    With remove_unused_columns=False a batch may bring `eas_prompt_mask` in place of the labels; the model warns if it
+    does not.
     """
-    if not eas.answer_in_input() or not trainer.args.remove_unused_columns:
+    args = trainer.args
+    if eas.peft_config[eas.active_adapters[0]].context == "running":
+        return
+    # TRL's settings, and the collator of transformers.
+    packing = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name, None)]
+    if isinstance(trainer.data_collator, DataCollatorWithFlattening):
+        packing.append(type(trainer.data_collator).__name__)
+    if packing:
+        raise ValueError(
+            f"With {packing[0]}, several sequences are packed into one row, which context='prompt' would give one "
+            "context: the adapters would see other sequences, and what they are to predict. Leave it out, or set "
+            "EASConfig(context='running')."
+        )
+    if not eas.answer_in_input() or not args.remove_unused_columns:
         return
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
-        option = f"label_smoothing_factor={trainer.args.label_smoothing_factor}"
+        option = f"label_smoothing_factor={args.label_smoothing_factor}"
         option = option if trainer.compute_loss_func is None else "compute_loss_func"
         raise ValueError(
             f"With {option}, Trainer takes the labels out of the model's inputs, and context='prompt' cannot tell the "
@@ -59,6 +76,17 @@ def check_labels_reach_model(trainer: Trainer, eas: EASModel) -> None:
             "EASConfig(context='running'), or add eas_prompt_mask (boolean, the shape of input_ids) to the batches "
             "and set remove_unused_columns=False."
         )
+
+
+@contextlib.contextmanager
+def untouched_metrics(trainer: Trainer) -> Iterator[None]:
+    """Keeps losses computed inside out of the next evaluation's log, into which TRL's trainers put figures of each."""
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
+    try:
+        yield
+    finally:
+        if metrics is not None:
+            trainer._metrics = metrics
 
 
 def saved_record(state: TrainerState, name: str) -> dict[str, Any] | None:

@@ -190,3 +190,22 @@ def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest value expected."""
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Prints one line per family that test_architectures.py ran over."""
+    lines: dict[str, dict[str, float]] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            properties = dict(report.user_properties)
+            if "family" in properties and (report.when == "call" or outcome != "passed"):
+                line = lines.setdefault(properties["family"], {"passed": 0, "failed": 0, "skipped": 0, "merge": 0.0})
+                line[outcome] += 1
+                line["merge"] = max(line["merge"], properties.get("merge", 0.0))
+    if lines:
+        terminalreporter.section("families: largest relative difference between merged and unmerged")
+    for family, line in sorted(lines.items()):
+        counts = ", ".join(
+            f"{line[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if line[outcome]
+        )
+        terminalreporter.line(f"{family:45} {line['merge']:8.1e}  {counts}")

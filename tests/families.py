@@ -374,6 +374,7 @@ ARCHITECTURES: dict[str, Family] = {
         lambda: _qwen2_vl(transformers.Qwen2VLConfig, embed_dim=WIDTH, hidden_size=WIDTH),
         "Qwen2VLForConditionalGeneration",
         _packed_images,
+        on_request=r".*visual.*attn",
     ),
     "qwen2_5_vl": Family(
         lambda: _qwen2_vl(
@@ -381,6 +382,7 @@ ARCHITECTURES: dict[str, Family] = {
         ),
         "Qwen2_5_VLForConditionalGeneration",
         _packed_images,
+        on_request=r".*visual.*attn",
     ),
     "smolvlm": Family(
         lambda: _idefics(transformers.SmolVLMConfig),

@@ -57,9 +57,21 @@ def test_the_log_of_training_holds_the_search(tmp_path):
     assert log[1]["eas/entropy"] == pytest.approx(torch.tensor(float(LAYERS)).log().item())
     assert "eas/loss" not in log[1]
     assert log[12]["eas/reward"] == pytest.approx(torch.tensor(-log[12]["eas/loss"]).exp().item(), rel=0.2)
-    assert log[20]["eas/best"] == ", ".join(trainer.model.base_model.skipped_modules)
+    assert log[12]["eas/best"] == ", ".join(trainer.model.base_model.skipped_modules)
     reported = [entry for entry in given if "loss" in entry]
-    assert all("eas/entropy" in entry and "eas/best" not in entry for entry in reported)
+    assert all("eas/entropy" in entry and "eas/best" not in entry for entry in reported[:12])
+    # Once the search is over, only the phase can change.
+    assert all({name for name in log[step] if "eas/" in name} == {"eas/phase"} for step in range(13, 21))
+    assert not any("eas/" in name for entry in reported[12:] for name in entry)
+
+
+def test_the_search_is_logged_once_more_after_its_end(tmp_path):
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), logging_steps=5)
+    trainer.train()
+    log = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    assert log[15]["eas/phase"] == "tune"
+    assert log[15]["eas/best"] == ", ".join(trainer.model.base_model.skipped_modules)
+    assert "eas/best" not in log[20]
 
 
 def test_the_progress_bar_names_the_phase(tmp_path, capsys):

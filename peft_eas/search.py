@@ -1,0 +1,437 @@
+"""`EASSearch`: the search in a training loop of one's own. It knows nothing of Trainer."""
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .bandit import AttentionBandit, Reward, check_search_values
+from .model import EASModel
+from .values import is_int, python_number
+
+logger = logging.getLogger(__name__)
+
+# What decides the course of a search, in `EASSearch` and in `EASCallback` alike.
+SETTINGS = (
+    "reward",
+    "search_steps",
+    "warmup_steps",
+    "interval",
+    "num_candidates",
+    "score_lr",
+    "score_temperature",
+    "freeze_context_at",
+)
+
+
+class EASSearch:
+    """Finds the MHAs to skip while a model trains, skips them for good, and freezes the context for the last part.
+
+    Source: arXiv 2403.15226, section 3; see `AttentionBandit` for the search itself. A run goes through four phases:
+
+    - "warm-up": each optimizer step trains with `num_skip` MHAs drawn at random skipped.
+    - "search": the same, drawn from p; every `interval` steps, `num_candidates` sets are compared on a held-out batch.
+    - "tune": the best set is skipped for good.
+    - "frozen": the same, with context="running", so that what is trained is exactly what a merge folds.
+
+    Call `before_step()` before the forward pass and `after_step()` after the optimizer's step:
+
+        search = EASSearch(model, num_steps, lambda batch: model(**batch).loss, held_out)
+        for batch in loader:
+            search.before_step()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            search.after_step()
+
+    Between the two the model skips the set that was drawn; at all other times, so in evaluations and checkpoints, the
+    best set so far. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search
+    and only the context is frozen.
+
+    The optimizer is given all parameters from the start: those of adapters that are dropped at the end of the search
+    get no gradient from then on.
+
+    In a distributed run every rank makes its own `EASSearch` with the same arguments. All draw the same sets, the
+    losses are averaged over the ranks, and so are the running contexts after each step.
+    `DistributedDataParallel` needs `find_unused_parameters=True`.
+
+    To resume, make model, optimizer and search as for the first run, and load the state of the search before those of
+    the model and the optimizer: it drops the adapters that the saved model no longer had.
+
+    Where steps are wanted, an int counts optimizer steps and a float is a fraction of the run.
+
+    Args:
+        model: what `get_peft_model(model, EASConfig(...))` returned, as it is or as accelerate prepared it.
+        num_steps: optimizer steps of the whole run.
+        batch_loss: returns the loss of the model as it is on one held-out batch, a tensor of one element or a number:
+            on the batch it is given, or, without `batches`, on the n-th for n = 0, 1, … It is called in evaluation
+            mode and without gradients, `num_candidates` times per batch. May be left out where nothing is searched.
+        batches: held-out batches, taken in turn and over again; in a distributed run, this rank's.
+        optimizer: what trains the model, to take the parameters of dropped adapters out of it. Needed where its state
+            is saved by the parameters' names, as with FSDP; then also when resuming.
+        reward: "relative" compares losses within a round; "exp" is the paper's exp(−loss).
+        search_steps: when the search ends.
+        warmup_steps: when, within that, rewards begin.
+        interval: optimizer steps from one round of rewards to the next.
+        num_candidates: sets compared per round.
+        score_lr: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
+        score_temperature: temperature κ of the scores.
+        freeze_context_at: when the context is frozen; None for never.
+        seed: of all that the search draws.
+
+    Attributes:
+        step: optimizer steps done.
+        bandit: the search's scores and rounds; None where there is nothing to search.
+
+    Raises:
+        TypeError: for a model without EAS adapters.
+        ValueError: for a setting out of range or one that does not fit the run; the model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_steps: int,
+        batch_loss: Callable[[Any], torch.Tensor | float] | None = None,
+        batches: Sequence[Any] | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        reward: Reward = "relative",
+        search_steps: int | float = 0.3,
+        warmup_steps: int | float = 0.1,
+        interval: int = 10,
+        num_candidates: int = 3,
+        score_lr: float = 2.0,
+        score_temperature: float = 10.0,
+        freeze_context_at: int | float | None = 0.8,
+        seed: int = 0,
+    ) -> None:
+        given = locals()
+        settings = {name: python_number(given[name]) for name in SETTINGS}
+        check_settings(type(self).__name__, **settings)
+        self.model = model
+        self.eas = eas_of(model, type(self).__name__, type(self).__name__)
+        self.num_steps = num_steps
+        self.batch_loss = batch_loss
+        self.batches = batches
+        self.optimizer = optimizer
+        self.interval = settings["interval"]
+        self.num_candidates = settings["num_candidates"]
+        self.seed = seed
+        self.step = 0
+        self.bandit: AttentionBandit | None = None
+        self._has_drawn = False
+        self._skipped_modules = self._config.skipped_modules
+        if needs_search(self.eas):
+            self.bandit = AttentionBandit(
+                self.eas.candidates,
+                self._config.num_skip,
+                temperature=settings["score_temperature"],
+                lr=settings["score_lr"],
+                reward=reward,
+                seed=seed,
+            )
+        self._search_end = _to_steps(settings["search_steps"], num_steps)
+        self._warmup_end = _to_steps(settings["warmup_steps"], num_steps)
+        freeze_at = settings["freeze_context_at"]
+        self._freeze_step = None if freeze_at is None else _to_steps(freeze_at, num_steps)
+        if self.is_searching:
+            self._check_schedule(search_steps, warmup_steps, freeze_context_at)
+            self._check_means()
+            self.eas.set_skipped_modules(self.bandit.best())
+        elif self._config.skipped_modules is None and self._config.num_skip:  # all of them: nothing to choose
+            self.eas.fix_skipped_modules(self.eas.candidates)
+
+    # --- the course of a run ---------------------------------------------------------------------------------------
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the search goes on: in the phases "warm-up" and "search"."""
+        return self.bandit is not None and self._skipped_modules is None
+
+    @property
+    def phase(self) -> str:
+        """The phase that the run is in: "warm-up", "search", "tune" or "frozen"."""
+        if self.is_searching:
+            return "warm-up" if self.step < self._warmup_end else "search"
+        return "frozen" if self._config.context == "running" else "tune"
+
+    def before_step(self) -> None:
+        """Draws the skip set to train with. Within one optimizer step only the first call does, so that it may be
+        called before every micro-batch."""
+        if self.is_searching and not self._has_drawn:
+            self.eas.set_skipped_modules(self.bandit.sample())
+            self._has_drawn = True
+
+    def after_step(self) -> None:
+        """Makes the ranks' contexts equal, computes rewards, ends the search, freezes the context: each when its time
+        has come. Call once per optimizer step."""
+        self.step += 1
+        self._has_drawn = False
+        self.eas.sync_context()
+        if self.is_searching:
+            rewarded_steps = self.step - self._warmup_end
+            if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
+                self._compare()
+            self.eas.set_skipped_modules(self.bandit.best())
+            if self.step >= self._search_end:
+                self._fix(self.bandit.best())
+                logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
+        if self._is_freeze_due:
+            self.eas.freeze_context()
+
+    def finish(self) -> None:
+        """Ends a search that training did not reach the end of, with a warning; else does nothing."""
+        if self.is_searching:
+            logger.warning(
+                "EAS: training stopped at step %d, before the search was over at step %d. The best MHAs so far are "
+                "skipped; the adapters have not been trained with them fixed.",
+                self.step,
+                self._search_end,
+            )
+            self._fix(self.bandit.best())
+
+    def figures(self) -> dict[str, float | str]:
+        """Where the run stands, for a log.
+
+        `eas/phase`; and where there is a search, `eas/entropy` (of p, in nats), `eas/best`, and from the first round
+        on `eas/loss` and `eas/reward` (mean over the last round's sets of the held-out loss and of exp(−loss)). After
+        the search they stay as they are.
+        """
+        figures: dict[str, float | str] = {"eas/phase": self.phase}
+        if self.bandit is not None:
+            figures["eas/entropy"] = self.bandit.entropy()
+            figures["eas/best"] = ", ".join(self._skipped_modules or self.bandit.best())
+            if self.bandit.mean_loss() is not None:
+                figures |= {"eas/loss": self.bandit.mean_loss(), "eas/reward": self.bandit.mean_reward()}
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state between two steps as values that JSON keeps exactly; `peft_eas.plots` draws it as well."""
+        bandit = None if self.bandit is None else self.bandit.state_dict()
+        return {"step": self.step, "bandit": bandit, "skipped_modules": self._skipped_modules}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of `state_dict`, and brings the model to where it was then, but for its weights.
+
+        Raises:
+            ValueError: for the state of another search than this model needs.
+        """
+        if state["bandit"] is None and self.is_searching:
+            raise ValueError(
+                f"The checkpoint of step {state['step']} holds no search to resume: it was written without "
+                "EASCallback or EASSearch. Start the run anew, or name the MHAs to skip in "
+                "EASConfig(skipped_modules=...)."
+            )
+        if state["bandit"] is not None:
+            num_skip = self._config.num_skip
+            if num_skip is None:  # a model that was made with the MHAs that the search has found
+                num_skip = len(self._skipped_modules or ())
+            bandit = AttentionBandit(self.eas.candidates, num_skip)
+            bandit.load_state_dict(state["bandit"])
+            if state["skipped_modules"] is None and not self.is_searching:
+                raise ValueError(
+                    "The checkpoint is from the middle of a search, but this model's skip set is fixed already "
+                    f"({self._skipped_modules}), so the adapters to search with are gone. Make the model by "
+                    "get_peft_model with num_skip, as for the first run, and resume with that."
+                )
+            self.bandit = bandit
+            if state["skipped_modules"] is None:
+                self.eas.set_skipped_modules(bandit.best())
+            else:
+                self._fix(state["skipped_modules"])
+        self.step, self._has_drawn = state["step"], False
+        if self._is_freeze_due:
+            self._config.context = "running"  # the running contexts come with the weights
+
+    # --- the search ------------------------------------------------------------------------------------------------
+
+    @property
+    def _config(self) -> Any:
+        return self.eas.peft_config[self.eas.active_adapters[0]]
+
+    @property
+    def _scores(self) -> dict[str, float]:
+        return dict(zip(self.bandit.candidates, self.bandit.scores))
+
+    def _compare(self) -> None:
+        """A round of rewards: a few sets on one held-out batch.
+
+        Modes, running contexts and random states are afterwards what they were.
+        """
+        sets = self.bandit.sample_sets(self.num_candidates)
+        number = len(self.bandit.rounds)
+        batch = number if self.batches is None else self.batches[number % len(self.batches)]
+        modes = [(module, module.training) for module in self.model.modules()]
+        losses = []
+        with preserved_random_state(self.seed + number), torch.no_grad():
+            self.model.eval()
+            try:
+                for names in sets:
+                    self.eas.set_skipped_modules(names)
+                    losses.append(self._checked_loss(batch))
+            finally:
+                self.model.train(modes[0][1])
+                for module, mode in modes:  # such as a part of the model that is kept in evaluation mode
+                    module.training = mode
+        self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
+        self._config.note_scores(self._scores)
+
+    def _checked_loss(self, batch: Any) -> torch.Tensor:
+        loss = self.batch_loss(batch)
+        if isinstance(loss, (int, float)):
+            loss = torch.tensor(float(loss), device=next(self.model.parameters()).device)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"type {type(loss).__name__}"
+            raise ValueError(
+                f"EASSearch(batch_loss=...) returned a value of {what}; it must return the loss on the held-out "
+                "batch, a tensor of one element or a number. Do the batches have labels?"
+            )
+        return loss.detach().float().reshape(())
+
+    def _fix(self, names: Sequence[str]) -> None:
+        # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
+        # them again. When a run is resumed, the optimizer is made for a model that still has every adapter; Trainer
+        # loads its saved state before any callback is called, and the two fit because none ever left a parameter out.
+        before = list(self.eas.parameters())
+        self.eas.fix_skipped_modules(names)
+        if self.optimizer is not None:
+            dropped = set(before) - set(self.eas.parameters())
+            for group in self.optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in dropped]
+            for parameter in dropped:
+                self.optimizer.state.pop(parameter, None)
+        self._skipped_modules = self.eas.skipped_modules
+        # In the adapter's config, its model card finds them.
+        self._config.scores = self._scores
+
+    @property
+    def _is_freeze_due(self) -> bool:
+        return self._freeze_step is not None and self._freeze_step <= self.step
+
+    def _check_schedule(
+        self, search_steps: int | float, warmup_steps: int | float, freeze_context_at: int | float | None
+    ) -> None:
+        if not self._warmup_end + self.interval <= self._search_end <= self.num_steps:
+            raise ValueError(
+                f"A search that ends at step {self._search_end} (search_steps={search_steps}) with rewards every "
+                f"{self.interval} steps (interval) from step {self._warmup_end} on (warmup_steps={warmup_steps}) "
+                f"does not fit into a run of {self.num_steps} steps, or has no rewards. Lower interval or "
+                "warmup_steps, change search_steps, or train for longer."
+            )
+        if self._freeze_step is not None and self._freeze_step < self._search_end:
+            raise ValueError(
+                f"freeze_context_at={freeze_context_at} is step {self._freeze_step}, before the search is over "
+                f"at step {self._search_end} (search_steps={search_steps}). Freeze later, or search for less."
+            )
+
+    def _check_means(self) -> None:
+        """Raises a ValueError where there is nothing to compute rewards from, or gradients cannot be reduced."""
+        if self.batch_loss is None or (self.batches is not None and len(self.batches) == 0):
+            what = "batch_loss is missing" if self.batch_loss is None else "batches is empty"
+            raise ValueError(
+                f"EASSearch has nothing to compute rewards from: {what}. Pass batch_loss, a function that returns "
+                "the loss of the model on a held-out batch, and at least one batch or none of batches=, or name the "
+                "MHAs to skip in EASConfig(skipped_modules=...)."
+            )
+        ddp = next((module for module in self.model.modules() if isinstance(module, DistributedDataParallel)), None)
+        if ddp is not None and (not ddp.find_unused_parameters or ddp.static_graph):
+            raise ValueError(
+                f"DistributedDataParallel was made with find_unused_parameters={ddp.find_unused_parameters} and "
+                f"static_graph={ddp.static_graph}, but each step of the search leaves other parameters unused. Set "
+                "find_unused_parameters=True and static_graph=False (with accelerate: "
+                "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))."
+            )
+
+
+def eas_of(model: nn.Module, caller: str, receiver: str) -> EASModel:
+    """The `EASModel` in a PEFT model that may be wrapped for distributed training or compiled.
+
+    `receiver` names what `caller` has its model from.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    inner = model
+    while not isinstance(getattr(inner, "base_model", None), EASModel):
+        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        if inner is None:
+            raise TypeError(
+                f"{caller} was given a {type(model).__name__} without EAS adapters. Pass {receiver} the model that "
+                "get_peft_model(model, EASConfig(...)) returns."
+            )
+    return inner.base_model
+
+
+def needs_search(eas: EASModel) -> bool:
+    """Whether the active adapter leaves it to a search which MHAs are skipped."""
+    config = eas.peft_config[eas.active_adapters[0]]
+    return config.skipped_modules is None and 0 < (config.num_skip or 0) < len(eas.candidates)
+
+
+def check_settings(
+    caller: str,
+    reward: str,
+    search_steps: Any,
+    warmup_steps: Any,
+    interval: Any,
+    num_candidates: Any,
+    score_lr: Any,
+    score_temperature: Any,
+    freeze_context_at: Any,
+) -> None:
+    """Raises a ValueError for a setting of `caller` that is out of range whatever the run."""
+    check_search_values(score_temperature, score_lr, reward)
+    _check_steps(caller, "search_steps", search_steps)
+    _check_steps(caller, "warmup_steps", warmup_steps)
+    if freeze_context_at is not None:
+        _check_steps(caller, "freeze_context_at", freeze_context_at)
+    for name, value, least in (("interval", interval, 1), ("num_candidates", num_candidates, 2)):
+        if not is_int(value, least):
+            raise ValueError(f"{caller}({name}={value!r}): {name} must be an integer of at least {least}.")
+
+
+def _check_steps(caller: str, name: str, value: Any) -> None:
+    least = 0 if name == "warmup_steps" else 1
+    is_steps = is_int(value, least)
+    is_fraction = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0)
+    if not (is_steps or is_fraction):
+        raise ValueError(
+            f"{caller}({name}={value!r}): {name} must be an integer of at least {least} (optimizer steps) or a "
+            f"float {'from 0.0' if least == 0 else 'above 0.0'} to 1.0 (fraction of the run)."
+        )
+
+
+def _to_steps(value: int | float, num_steps: int) -> int:
+    return round(value * num_steps) if isinstance(value, float) else value
+
+
+def _mean_over_ranks(losses: torch.Tensor) -> list[float]:
+    on_ranks = [losses]
+    if torch.distributed.is_initialized():
+        on_ranks = [torch.empty_like(losses) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(on_ranks, losses)
+    # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
+    return torch.stack(on_ranks).double().cpu().mean(0).tolist()
+
+
+@contextlib.contextmanager
+def preserved_random_state(seed: int) -> Iterator[None]:
+    """Seeds all random states inside, and gives them back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

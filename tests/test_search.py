@@ -1,0 +1,341 @@
+"""The search in a loop without Trainer: as under Trainer, resumed to the bit, and what is refused."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS, build_model
+from safetensors.torch import load_file
+from torch import nn
+from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_model, make_trainer, weights
+
+from peft_eas import EASCallback, EASSearch
+from peft_eas.search import SETTINGS
+
+STEPS = 20
+
+
+def make_batches(data: Sentences, order: list[int] | range) -> list[dict[str, torch.Tensor]]:
+    """Batches of four."""
+    groups = [order[i : i + 4] for i in range(0, len(order), 4)]
+    return [{key: torch.stack([data[i][key] for i in group]) for key in data[0]} for group in groups]
+
+
+TRAINING = make_batches(Sentences(size=4 * STEPS), range(4 * STEPS))
+HELD_OUT = make_batches(Sentences(size=12, seed=1), range(12))
+
+
+class Run:
+    """Model, optimizer and search of a loop by hand."""
+
+    def __init__(self, **options) -> None:
+        torch.manual_seed(0)
+        self.model = make_model(**options.pop("model", {})).train()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+        self.search = EASSearch(self.model, STEPS, self.loss, HELD_OUT, **{**SCHEDULE, **options})
+        self.skipped: list[tuple[str, ...]] = []
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model(**batch).loss
+
+    def train(self, batches: list[dict[str, torch.Tensor]] = TRAINING) -> "Run":
+        for batch in batches:
+            self.search.before_step()
+            self.skipped.append(tuple(self.model.base_model.skipped_modules))
+            self.loss(batch).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.search.after_step()
+        return self
+
+    def state(self) -> dict:
+        return {
+            "search": json.loads(json.dumps(self.search.state_dict())),
+            "model": {name: value.clone() for name, value in self.model.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load(self, state: dict) -> "Run":
+        self.search.load_state_dict(state["search"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        return self
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    section = readme.split("\n## Without Trainer\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    model = make_model().train()
+    train_loader = torch.utils.data.DataLoader(Sentences(size=240), batch_size=4, shuffle=True)
+    names = {
+        "model": model,
+        "num_steps": len(train_loader),
+        "train_loader": train_loader,
+        "eval_loader": torch.utils.data.DataLoader(Sentences(size=20, seed=1), batch_size=4),
+        "optimizer": torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2),
+    }
+    exec(code, names)
+    config = model.peft_config["default"]
+    assert len(names["search"].bandit.rounds) > 0
+    assert len(config.skipped_modules) == 2
+    assert config.context == "running"
+    merged = names["merged"]
+    assert len(merged.config.eas["skipped"]) == 2
+    assert merged(**HELD_OUT[0]).logits.isfinite().all()
+
+
+class LikeTrainer(Run):
+    """Trainer divides the sum of a step's losses by their number, which rounds unlike their mean."""
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        number = {"num_items_in_batch": (batch["labels"] != -100).sum()} if self.model.training else {}
+        return self.model(**batch, **number).loss
+
+
+def test_it_is_what_the_callback_does_under_trainer(tmp_path) -> None:
+    """On the same batches the same sets are drawn, with the same losses, and the weights end equal to the bit."""
+    training, evaluation, watcher = Sentences(), Sentences(size=12, seed=1), Watcher()
+    plain = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "adamw_torch"}
+    callback = EASCallback(**SCHEDULE, reward_dataset=evaluation)
+    trainer = make_trainer(
+        tmp_path, callback, make_model(dropout=0.0), watcher, train_dataset=training, eval_dataset=None, **plain
+    )
+    trainer.train()
+    run = LikeTrainer(model={"dropout": 0.0})
+    run.search.batches = make_batches(evaluation, evaluation.seen[4:])  # the first was only looked at for labels
+    run.train(make_batches(training, training.seen[: 4 * STEPS]))
+    assert run.skipped == watcher.in_steps
+    assert run.search.state_dict()["bandit"] == callback.record["bandit"]
+    assert_equal(weights(run.model), weights(trainer.model))
+
+
+@pytest.mark.parametrize("step", [3, 8, 12, 14, 18])
+def test_resumed_from_any_phase_it_ends_bit_equal(tmp_path, step) -> None:
+    whole = Run().train(TRAINING[:step])
+    torch.save(whole.state(), tmp_path / "state.pt")
+    whole.train(TRAINING[step:])
+    resumed = Run(seed=7).load(torch.load(tmp_path / "state.pt")).train(TRAINING[step:])
+    assert resumed.skipped == whole.skipped[step:]
+    assert resumed.search.state_dict() == whole.search.state_dict()
+    assert_equal(weights(resumed.model), weights(whole.model))
+    configs = [run.model.peft_config["default"] for run in (resumed, whole)]
+    assert configs[0].scores == configs[1].scores is not None
+    assert configs[0].context == configs[1].context == "running"
+
+
+def test_dropped_parameters_leave_the_optimizer_that_is_given(tmp_path) -> None:
+    whole = Run()
+    whole.search.optimizer = whole.optimizer
+    whole.train(TRAINING[:14])
+    torch.save(whole.state(), tmp_path / "state.pt")
+    trained = [parameter for parameter in whole.model.parameters() if parameter.requires_grad]
+    (group,) = whole.optimizer.param_groups
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in trained}
+    assert {id(parameter) for parameter in whole.optimizer.state} <= {id(parameter) for parameter in trained}
+    whole.train(TRAINING[14:])
+    found = whole.model.base_model.skipped_modules
+    # A model that has only the adapters that the search has found a use for serves as well.
+    for options in ({}, {"num_skip": None, "skipped_modules": found}):
+        resumed = Run(model=options)
+        resumed.search.optimizer = resumed.optimizer
+        resumed.load(torch.load(tmp_path / "state.pt")).train(TRAINING[14:])
+        assert_equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_run_goes_through_its_phases_and_tells_of_them() -> None:
+    run, phases, figures = Run(), [], []
+    for batch in TRAINING:
+        run.train([batch])
+        phases.append(run.search.phase)
+        figures.append(run.search.figures())
+    assert phases == ["warm-up"] * 3 + ["search"] * 8 + ["tune"] * 4 + ["frozen"] * 5
+    assert [entry["eas/phase"] for entry in figures] == phases
+    assert figures[0]["eas/entropy"] == pytest.approx(torch.tensor(float(LAYERS)).log().item())
+    assert "eas/loss" not in figures[4]
+    assert figures[5]["eas/loss"] == pytest.approx(-torch.tensor(figures[5]["eas/reward"]).log().item(), abs=0.1)
+    assert figures[-1]["eas/best"] == ", ".join(run.model.base_model.skipped_modules)
+    assert [record["step"] for record in run.search.bandit.rounds] == [6, 8, 10, 12]
+
+
+def test_between_steps_the_best_set_is_skipped() -> None:
+    run = Run()
+    for batch in TRAINING[:12]:
+        run.train([batch])
+        assert run.model.base_model.skipped_modules == run.search.bandit.best()
+    assert len(set(run.skipped)) > 1
+
+
+def test_micro_batches_of_a_step_share_its_set() -> None:
+    run, sets = Run(), []
+    for number, batch in enumerate(TRAINING):
+        run.search.before_step()
+        sets.append(tuple(run.model.base_model.skipped_modules))
+        run.loss(batch).backward()
+        if number % 2:
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.search.after_step()
+    assert sets[::2] == sets[1::2]
+    assert len(set(sets)) > 1
+    assert run.search.step == STEPS // 2
+
+
+def test_rewards_leave_everything_as_it_was() -> None:
+    seen = []
+
+    def loss(number: int) -> float:
+        seen.append((number, run.model.training, torch.is_grad_enabled(), frozen.training))
+        torch.rand(1)
+        return run.loss(HELD_OUT[number]).item()
+
+    run = Run()
+    run.search.batch_loss, run.search.batches = loss, None
+    frozen = run.model.base_model.model.model.layers[0].input_layernorm.eval()
+    run.train(TRAINING[:5])
+    before = run.state()
+    contexts = {name: value.clone() for name, value in run.model.named_buffers()}
+    run.search.before_step()
+    run.search.after_step()
+    assert seen == [(0, False, False, False)] * 3
+    assert run.model.training
+    assert not frozen.training
+    assert all(
+        module.training for module in run.model.modules() if module is not frozen and module not in [*frozen.modules()]
+    )
+    assert torch.equal(torch.get_rng_state(), before["random"])
+    assert_equal(dict(run.model.named_buffers()), contexts)
+
+
+def test_modes_come_back_after_an_error() -> None:
+    def fail(batch):
+        raise RuntimeError("out of memory")
+
+    run = Run()
+    run.train(TRAINING[:5])
+    run.search.batch_loss = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train(TRAINING[5:6])
+    assert run.model.training
+
+
+def test_stopped_early_it_skips_the_best_set(caplog) -> None:
+    run = Run().train(TRAINING[:8])
+    run.search.finish()
+    assert "stopped at step 8, before the search was over at step 12" in caplog.text
+    config = run.model.peft_config["default"]
+    assert config.skipped_modules == run.search.bandit.best()
+    assert list(config.scores.values()) == run.search.bandit.scores
+    caplog.clear()
+    run.search.finish()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "skipped"),
+    [({"num_skip": None, "skipped_modules": [NAMES[1]]}, [NAMES[1]]), ({"num_skip": LAYERS}, NAMES)],
+)
+def test_without_a_choice_only_the_context_is_frozen(options, skipped) -> None:
+    model = make_model(**options)
+    search = EASSearch(model, 4)
+    for batch in TRAINING[:4]:
+        assert search.phase == ("tune" if search.step < 3 else "frozen")
+        search.before_step()
+        model.train()(**batch)
+        search.after_step()
+    assert model.base_model.skipped_modules == skipped
+    assert model.peft_config["default"].context == "running"
+    assert search.figures() == {"eas/phase": "frozen"}
+    again = EASSearch(make_model(**options), 4)
+    again.load_state_dict(search.state_dict())
+    assert (again.step, again.phase) == (4, "frozen")
+
+
+def test_the_adapter_is_saved_as_after_trainer(tmp_path) -> None:
+    run = Run().train()
+    run.model.save_pretrained(tmp_path)
+    skipped = run.model.base_model.skipped_modules
+    kinds = {key.split(".eas_")[1].split(".")[0] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert kinds == {"pia", "input"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["skipped_modules"] == skipped
+
+
+def test_its_state_can_be_drawn(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    from peft_eas.plots import plot_skip_map
+
+    plot_skip_map(Run().train().search.state_dict(), tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 0
+
+
+def test_a_compiled_model_is_looked_into() -> None:
+    model = make_model()
+    search = EASSearch(torch.compile(model), STEPS, lambda n: 0.0, **SCHEDULE)
+    assert search.eas is model.base_model
+
+
+def test_its_settings_are_the_callbacks() -> None:
+    by_hand, callback = (inspect.signature(kind).parameters for kind in (EASSearch, EASCallback))
+    for name in SETTINGS:
+        assert by_hand[name].default == callback[name].default
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward": "loss"}, "reward='loss' is unknown"),
+        ({"search_steps": 0}, r"EASSearch\(search_steps=0\): .*integer of at least 1"),
+        ({"interval": 0}, r"EASSearch\(interval=0\)"),
+        ({"search_steps": 30}, "ends at step 30 .*does not fit into a run of 20 steps"),
+        ({"freeze_context_at": 0.3}, "is step 6, before the search is over at step 12"),
+        ({"batch_loss": None}, "nothing to compute rewards from: batch_loss is missing. Pass batch_loss"),
+        ({"batches": []}, "nothing to compute rewards from: batches is empty"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options, message) -> None:
+    model = make_model()
+    given = {"num_steps": STEPS, "batch_loss": lambda batch: 0.0, **SCHEDULE, **options}
+    with pytest.raises(ValueError, match=message):
+        EASSearch(model, **given)
+    assert model.base_model.skipped_modules == []
+
+
+def test_a_model_without_eas_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"EASSearch was given a Linear without EAS adapters\. Pass EASSearch the model"
+    ):
+        EASSearch(nn.Linear(2, 2), STEPS)
+    with pytest.raises(TypeError, match="LlamaForCausalLM without EAS adapters"):
+        EASSearch(build_model("llama"), STEPS)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(None, "type NoneType"), (torch.zeros(3), r"shape \(3,\)"), ("0.1", "type str")]
+)
+def test_what_is_no_loss_is_refused(value, what) -> None:
+    run = Run().train(TRAINING[:5])
+    run.search.batch_loss = lambda batch: value
+    with pytest.raises(ValueError, match=f"returned a value of {what}; it must return the loss.*have labels"):
+        run.train(TRAINING[5:6])
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    searching = Run().train(TRAINING[:8])
+    found = Run().train()
+    with pytest.raises(ValueError, match="from the middle of a search, but this model's skip set is fixed already"):
+        found.search.load_state_dict(searching.search.state_dict())
+    given = EASSearch(make_model(num_skip=None, skipped_modules=NAMES[:2]), STEPS)
+    with pytest.raises(ValueError, match="checkpoint of step 0 holds no search to resume"):
+        Run().search.load_state_dict(given.state_dict())
+    with pytest.raises(ValueError, match="num_skip=2, but this one has 1"):
+        Run(model={"num_skip": 1}).search.load_state_dict(searching.search.state_dict())
