@@ -175,8 +175,6 @@ class EASConfig(PeftConfig):
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
-        if self.base_shape is not None:
-            require("base_shape", isinstance(self.base_shape, dict), "a dict, or None")
         if self.scores is not None:
             is_right = isinstance(self.scores, dict) and all(
                 isinstance(name, str) and is_finite(python_number(score)) for name, score in self.scores.items()

@@ -256,16 +256,16 @@ def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
         is_deleted = name in record["skipped"]
         state = "deleted" if is_deleted else "no target" if candidate is None else "kept"
         prefix = part.name.removesuffix(name)
-        own = [key for key, entry in record.get("adapters", {}).items() if entry["mha"] == name]
-        adapters = [model.get_submodule(prefix + key) for key in own]
         path, before = (part.ffn_name, part.ffn) if is_deleted else (part.name, part.mha)
-        added = sum(map(size_of, adapters))
-        if not adapters and path not in compared:  # one FFN may stand behind several MHAs
-            added = size_of(model.get_submodule(path)) - size_of(before)
+        left = (0, 0, 0)
+        if name in record.get("adapters", {}):
+            entry = record["adapters"][name]
+            adapter = model.get_submodule(prefix + join(entry["block"], entry["name"]))
+            # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
+            left = (size_of(adapter), size_of(adapter), 2 * 2 * adapter.token_down.weight.numel())
+        elif path not in compared:  # one FFN may stand behind several MHAs
+            left = (0, size_of(model.get_submodule(path)) - size_of(before), 0)
             compared.add(path)
-        # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
-        flops = sum(2 * 2 * adapter.token_down.weight.numel() for adapter in adapters)
-        left = (sum(map(size_of, adapters)), added, flops)
         rows.append(part.summarized(state, scores.get(candidate), *left))
     return Summary(rows, size_of(base), _flops(base, parts, rows), context_length)
 

@@ -310,7 +310,7 @@ def test_a_config_that_was_changed_by_hand(changes, message, folder, device):
         ({"exclude_modules": "*"}, r"exclude_modules='\*'\): .*does not compile \(nothing to repeat"),
         ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head'\): modules_to_save must be a list of names"),
         ({"skipped_modules": "model.layers.0.self_attn"}, r"skipped_modules=.*: give a list of full module names"),
-        ({"skipped_modules": [], "num_skip": None}, r"do not fit.*no place"),
+        ({"skipped_modules": [], "num_skip": None}, r"do not fit.*layers\.0\.self_attn.*missing"),
     ],
 )
 def test_a_config_with_values_of_another_type(changes, message, folder, device):

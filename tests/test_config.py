@@ -72,7 +72,7 @@ OUT_OF_RANGE = {
         "scores": [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}, {"a": None}, {"a": True}, "a"]
     },
     "True or False": {"init_weights": [1, 0, "no", None, "gaussian"]},
-    "a dict, or None": {"base_shape": [3, [4, 32], "4"]},
+    "a dict, or None": {"base_shape": [3, [4, 32], "four"]},
     NAMES: {
         "target_modules": [3, True, "", b"self_attn", [""], [3], [None], {"self_attn": 1}],
         "exclude_modules": [3, "", [3], [""], {"self_attn": 1}],
