@@ -284,9 +284,10 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
 
 def _is_of_another_set(key: str, layers: dict[str, AdaptedLayer], name: str) -> bool:
     """Whether `key` would have a place in the adapter `name` if its skip set, which is fixed, were another one."""
-    layer = next((layer for path, layer in layers.items() if key.startswith(f"{path}{name}.")), None)
+    layer = next((layer for path, layer in layers.items() if key.startswith(path)), None)
     config = layer and layer.candidate.configs.get(name)
-    return bool(config and config.skipped_modules is not None and layer.could_use(name))
+    is_unused = config and config.skipped_modules is not None and name not in layer.adapters
+    return bool(is_unused and layer.could_use(name))
 
 
 def _misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], prefix: str) -> Iterator[str]:
