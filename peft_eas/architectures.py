@@ -179,6 +179,7 @@ _BERT = Architecture(
     kept_norm="attention.output.LayerNorm",
     core="attention.self",
     kind="encoder",
+    attends=_OWN_TOKENS,
 )
 _BERT_CROSS = replace(
     _BERT,
@@ -187,6 +188,11 @@ _BERT_CROSS = replace(
     kept_norm="crossattention.output.LayerNorm",
     core="crossattention.self",
     attends=("encoder_hidden_states", "encoder_attention_mask"),
+)
+_BERTS = (  # as an encoder, as a decoder, and behind an encoder
+    replace(_BERT, where={"is_decoder": False}),
+    replace(_BERT, kind="decoder", attends=None, where={"is_decoder": True}),
+    replace(_BERT_CROSS, kind="decoder"),
 )
 _VIT = Architecture(
     mha="attention",
@@ -312,9 +318,9 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
     ),
     # Norms in front, or (350m) behind.
     "OPTDecoderLayer": (_OPT, replace(_OPT, input_norm=None, where={"do_layer_norm_before": False})),
-    "BertLayer": (_BERT, _BERT_CROSS),
-    "RobertaLayer": (_BERT, _BERT_CROSS),
-    "XLMRobertaLayer": (_BERT, _BERT_CROSS),
+    "BertLayer": _BERTS,
+    "RobertaLayer": _BERTS,
+    "XLMRobertaLayer": _BERTS,
     "ModernBertEncoderLayer": Architecture(
         mha="attn",
         mha_projections=("attn.Wqkv",),
@@ -323,6 +329,7 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
         input_norm="attn_norm",
         branch=("mlp_norm", "mlp"),
         kind="encoder",
+        attends=_OWN_TOKENS,
     ),
     "ViTLayer": _VIT,
     "Dinov2Layer": tuple(
@@ -358,8 +365,8 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
         kind="encoder",
         attends=_OWN_TOKENS,
     ),
-    "BridgeTowerTextLayer": replace(_BERT, attends=_OWN_TOKENS),
-    "BridgeTowerBertCrossLayer": (replace(_BERT, attends=_OWN_TOKENS), _BERT_CROSS),
+    "BridgeTowerTextLayer": _BERT,
+    "BridgeTowerBertCrossLayer": (_BERT, _BERT_CROSS),
     "T5Block": tuple(_t5_rows()),
     "BartEncoderLayer": _BART_ENCODER,
     "BartDecoderLayer": (_BART_DECODER, _BART_CROSS),

@@ -90,11 +90,13 @@ class Call:
     def context(self, z: torch.Tensor, tokens: str) -> torch.Tensor:
         """The context m in float32, (B, d), where an adapter reads z, (B, T, d).
 
-        `tokens` tells what m is the mean of: "prompt"; "all"; or "attended", what the MHA attends to.
+        `tokens` tells what m is the mean of: "prompt"; "all"; "attended", what the MHA attends to; or "input", the
+        same unless the user has named the prompt.
         """
         if tokens == "all":
             return z.float().mean(1)
-        if tokens == "attended":
+        is_named = self.prompt is not None and self.prompt.is_given
+        if tokens == "attended" or (tokens == "input" and not is_named):
             states, mask = self.attended
             states = z if states is None else states
             return masked_mean(states, keys_attended_to(mask, states.shape[:2]))

@@ -66,7 +66,7 @@ class Candidate:
     def context_tokens(self) -> str:
         """What the context is the mean of; see `Call.context`."""
         if self.architecture.attends is not None:
-            return "attended"
+            return "input" if self.architecture.kind == "encoder" and not self.architecture.is_cross else "attended"
         return "all" if self.architecture.kind in ("vision", "audio") else "prompt"
 
 

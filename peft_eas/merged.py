@@ -38,21 +38,11 @@ from .skipped import SkippedMHA
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "gemma3", "olmo2", "phi3"),
-    *(
-        "starcoder2",
-        "mixtral",
-        "qwen3_moe",
-        "llama4_text",
-        "llama4",
-        "deepseek_v3",
-        "gpt2",
-        "gpt_neox",
-        "falcon",
-        "opt",
-    ),
+    *("starcoder2", "mixtral", "qwen3_moe", "llama4_text", "llama4", "deepseek_v3"),
+    *("gpt2", "gpt_neox", "falcon", "opt"),
     *("bert", "roberta", "xlm-roberta", "modernbert", "vit", "dinov2"),
     *("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model"),
-    *("t5", "bart", "whisper"),
+    *("t5", "bart", "whisper", "encoder-decoder"),
     *("llava", "llava_next", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "smolvlm", "idefics3"),
     *("paligemma", "internvl", "vilt", "bridgetower"),
 )

@@ -207,12 +207,9 @@ class EASModel(MergingTuner):
 
         Of the adapter `adapter_name`, by default of the one in force.
         """
-        # BERT and its like can be causal too.
-        is_decoder = getattr(getattr(self.model, "config", None), "is_decoder", False)
-        kinds = ("decoder", "encoder") if is_decoder else ("decoder",)
         in_force = ((layer.candidate, adapter_name or layer.adapter_in_force) for layer in self._adapted_layers())
         return any(
-            candidate.architecture.kind in kinds and candidate.configs[name].task_type not in _TASKS_WITHOUT_ANSWER
+            candidate.architecture.kind == "decoder" and candidate.configs[name].task_type not in _TASKS_WITHOUT_ANSWER
             for candidate, name in in_force
             if name in candidate.configs
         )

@@ -33,12 +33,14 @@ class Prompt:
     Args:
         mask: boolean, (B, T), True for prompt tokens; None for every token; or a function that returns either, called
             when it is first needed, for a pass that goes on behind a KV cache needs none.
+        is_given: whether it is the user's, and not only what the model's inputs tell.
 
     `recorded` names the adapters whose statistic has seen this pass, which gradient checkpointing computes twice.
     """
 
-    def __init__(self, mask: torch.Tensor | Callable[[], torch.Tensor | None] | None) -> None:
+    def __init__(self, mask: torch.Tensor | Callable[[], torch.Tensor | None] | None, is_given: bool = False) -> None:
         self._mask = mask
+        self.is_given = is_given
         self.recorded: set[int] = set()
 
     @property
@@ -205,6 +207,8 @@ class PromptHook:
             return args, kwargs
         if not self.is_needed():
             return args, kwargs
+        # Of an encoder-decoder, it is the decoder's.
+        is_given = mask is not None and not self._decodes_encoded
         if mask is None:
             names = inspect.signature(module.forward).parameters if args else ()
             mask = functools.partial(self._mask, module, {**dict(zip(names, args)), **kwargs})
@@ -215,7 +219,7 @@ class PromptHook:
             )
         else:
             mask = mask.bool()
-        prompt = Prompt(mask)
+        prompt = Prompt(mask, is_given)
         self._note_prompt(prompt)
         return args, {**kwargs, PROMPT_KEY: prompt}
 

@@ -29,6 +29,7 @@ _ENCODER = {
 _IMAGE = {**_SIZES, "image_size": 16, "patch_size": 8}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _FALCON = {**_SIZES, **_TOKENS, "attention_dropout": 0.0, "hidden_dropout": 0.0, "ffn_hidden_size": 48}
+_BERTS = {**_ENCODER, "num_hidden_layers": 2}
 _OPT = {
     **_TOKENS,
     "hidden_size": WIDTH,
@@ -359,6 +360,18 @@ ARCHITECTURES: dict[str, Family] = {
     ),
     "whisper": Family(
         _whisper, "WhisperForConditionalGeneration", _speech_to_text, num_candidates=6, kind="encoder-decoder"
+    ),
+    "encoder-decoder of two berts": Family(
+        lambda: transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+            transformers.BertConfig(**_BERTS),
+            transformers.BertConfig(**_BERTS),
+            decoder_start_token_id=2,
+            pad_token_id=0,
+        ),
+        "EncoderDecoderModel",
+        _text_to_text,
+        num_candidates=6,
+        kind="encoder-decoder",
     ),
     # several modalities
     "llava": Family(

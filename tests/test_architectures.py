@@ -359,6 +359,19 @@ def test_a_mixture_of_experts_is_merged_in_place_and_taken_apart_again():
         torch.testing.assert_close(parameter, weights[name])
 
 
+def test_a_prompt_that_a_block_is_not_given_is_no_other_prompt():
+    """Falcon's blocks take no more than they need, so that gradient checkpointing would compute them without it."""
+    family = ARCHITECTURES["falcon"]
+    model = make(family, "some", "prompt").train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    inputs = labelled(family, family.make_inputs())
+    with pytest.raises(ValueError, match=r"outside of a forward pass of the whole model.*gradient checkpointing"):
+        model(**inputs).loss.backward()
+    model.base_model.freeze_context()
+    model(**inputs).loss.backward()
+
+
 @pytest.mark.parametrize(
     ("build", "targets", "message"),
     [
