@@ -204,6 +204,9 @@ _VIT = Architecture(
     kind="vision",
 )
 _DINOV2 = replace(_VIT, input_norm="norm1", output_norm="layer_scale1", branch=None)
+# What tells the two towers of a model whose blocks are of one class.
+_OF_IMAGES = {"self_attn.config.vocab_size": None}
+_OF_TEXT = {"self_attn.config.patch_size": None}
 _SIGLIP = Architecture(
     mha="self_attn",
     mha_projections=_LLAMA.mha_projections,
@@ -342,12 +345,12 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
         for ffn in (("mlp.fc1",), ("mlp.weights_in",))
     ),
     "CLIPEncoderLayer": (
-        replace(_SIGLIP, where={"self_attn.config.model_type": "clip_vision_model"}),
-        replace(_SIGLIP, kind="encoder", where={"self_attn.config.model_type": "clip_text_model"}),
+        replace(_SIGLIP, where=_OF_IMAGES),
+        replace(_SIGLIP, kind="encoder", where=_OF_TEXT),
     ),
     "SiglipEncoderLayer": (
-        replace(_SIGLIP, where={"self_attn.config.model_type": "siglip_vision_model"}),
-        replace(_SIGLIP, kind="encoder", where={"self_attn.config.model_type": "siglip_text_model"}),
+        replace(_SIGLIP, where=_OF_IMAGES),
+        replace(_SIGLIP, kind="encoder", where=_OF_TEXT),
     ),
     "Idefics3EncoderLayer": _SIGLIP,
     "SmolVLMEncoderLayer": _SIGLIP,

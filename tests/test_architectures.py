@@ -6,6 +6,7 @@ What holds for any architecture (training, resuming, bad input, ...) is tested e
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -343,6 +344,25 @@ def test_self_and_cross_attention_in_front_of_one_ffn_are_skipped_each_alone():
         assert difference(output(merge(model, "running"), inputs), expected) <= 1e-5
     for first in outputs:
         assert all(difference(outputs[first], outputs[other]) > 1e-2 for other in outputs if other != first)
+
+
+@pytest.mark.parametrize("name", ["llama4", "clip", "clip_vision_model", "siglip", "bart", "t5", "qwen2_vl"])
+def test_a_merged_model_is_tuned_and_merged_again(name, tmp_path):
+    """With other MHAs skipped than before; what the first merge has deleted is no candidate any longer."""
+    family = ARCHITECTURES[name]
+    inputs = family.make_inputs()
+    first = merge(make(family, "first"), "running")
+    names = get_peft_model(deepcopy(first), EASConfig(num_skip=0)).base_model.candidates
+    assert len(names) == family.num_candidates - 1
+    config = EASConfig(skipped_modules=names[1::2], r=8, attention_r=4, init_weights=False, context="running")
+    model = get_peft_model(first, config).eval()
+    expected = output(model, inputs)
+    merged = merge(model, "running")
+    actual = output(merged, inputs)
+    assert difference(actual, expected) <= 1e-5
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path).eval()
+    assert torch.equal(output(loaded, inputs), actual)
 
 
 def test_a_mixture_of_experts_is_merged_in_place_and_taken_apart_again():
