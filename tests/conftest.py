@@ -197,7 +197,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     lines: dict[str, dict[str, float]] = {}
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.getreports(outcome):
-            properties = dict(report.user_properties)
+            properties = dict(getattr(report, "user_properties", ()))  # a skipped module has none
             if "family" in properties and (report.when == "call" or outcome != "passed"):
                 line = lines.setdefault(properties["family"], {"passed": 0, "failed": 0, "skipped": 0, "merge": 0.0})
                 line[outcome] += 1
