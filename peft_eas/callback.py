@@ -13,7 +13,8 @@ from transformers.trainer_callback import ExportableState
 
 from .bandit import Reward
 from .reward import RewardSet, choose_reward_set, hold_back
-from .search import SETTINGS, EASSearch, check_settings, eas_of, needs_search
+from .schedule import SETTINGS, check_settings
+from .search import EASSearch, eas_of, needs_search
 from .trainer import (
     calling_trainer,
     check_context_of_batches,

@@ -11,23 +11,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .bandit import AttentionBandit, Reward, check_search_values
+from .bandit import AttentionBandit, Reward
 from .model import EASModel
-from .values import is_int, python_number
+from .schedule import SETTINGS, Schedule, check_settings
+from .values import python_number
 
 logger = logging.getLogger(__name__)
-
-# What decides the course of a search, in `EASSearch` and in `EASCallback` alike.
-SETTINGS = (
-    "reward",
-    "search_steps",
-    "warmup_steps",
-    "interval",
-    "num_candidates",
-    "score_lr",
-    "score_temperature",
-    "freeze_context_at",
-)
 
 
 class EASSearch:
@@ -137,12 +126,9 @@ class EASSearch:
                 reward=reward,
                 seed=seed,
             )
-        self._search_end = _to_steps(settings["search_steps"], num_steps)
-        self._warmup_end = _to_steps(settings["warmup_steps"], num_steps)
-        freeze_at = settings["freeze_context_at"]
-        self._freeze_step = None if freeze_at is None else _to_steps(freeze_at, num_steps)
+        self._schedule = Schedule.of(settings, num_steps)
         if self.is_searching:
-            self._check_schedule(search_steps, warmup_steps, freeze_context_at)
+            self._schedule.check(settings, num_steps)
             self._check_means()
             self.eas.set_skipped_modules(self.bandit.best())
         elif self._config.skipped_modules is None and self._config.num_skip:  # all of them: nothing to choose
@@ -159,7 +145,7 @@ class EASSearch:
     def phase(self) -> str:
         """The phase that the run is in: "warm-up", "search", "tune" or "frozen"."""
         if self.is_searching:
-            return "warm-up" if self.step < self._warmup_end else "search"
+            return "warm-up" if self.step < self._schedule.warmup_end else "search"
         return "frozen" if self._config.context == "running" else "tune"
 
     def before_step(self) -> None:
@@ -176,11 +162,11 @@ class EASSearch:
         self._has_drawn = False
         self.eas.sync_context()
         if self.is_searching:
-            rewarded_steps = self.step - self._warmup_end
+            rewarded_steps = self.step - self._schedule.warmup_end
             if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
                 self._compare()
             self.eas.set_skipped_modules(self.bandit.best())
-            if self.step >= self._search_end:
+            if self.step >= self._schedule.search_end:
                 self._fix(self.bandit.best())
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
         if self._is_freeze_due:
@@ -193,7 +179,7 @@ class EASSearch:
                 "EAS: training stopped at step %d, before the search was over at step %d. The best MHAs so far are "
                 "skipped; the adapters have not been trained with them fixed.",
                 self.step,
-                self._search_end,
+                self._schedule.search_end,
             )
             self._fix(self.bandit.best())
 
@@ -313,23 +299,7 @@ class EASSearch:
 
     @property
     def _is_freeze_due(self) -> bool:
-        return self._freeze_step is not None and self._freeze_step <= self.step
-
-    def _check_schedule(
-        self, search_steps: int | float, warmup_steps: int | float, freeze_context_at: int | float | None
-    ) -> None:
-        if not self._warmup_end + self.interval <= self._search_end <= self.num_steps:
-            raise ValueError(
-                f"A search that ends at step {self._search_end} (search_steps={search_steps}) with rewards every "
-                f"{self.interval} steps (interval) from step {self._warmup_end} on (warmup_steps={warmup_steps}) "
-                f"does not fit into a run of {self.num_steps} steps, or has no rewards. Lower interval or "
-                "warmup_steps, change search_steps, or train for longer."
-            )
-        if self._freeze_step is not None and self._freeze_step < self._search_end:
-            raise ValueError(
-                f"freeze_context_at={freeze_context_at} is step {self._freeze_step}, before the search is over "
-                f"at step {self._search_end} (search_steps={search_steps}). Freeze later, or search for less."
-            )
+        return self._schedule.freeze_step is not None and self._schedule.freeze_step <= self.step
 
     def _check_means(self) -> None:
         """Raises a ValueError where there is nothing to compute rewards from, or gradients cannot be reduced."""
@@ -373,43 +343,6 @@ def needs_search(eas: EASModel) -> bool:
     """Whether the active adapter leaves it to a search which MHAs are skipped."""
     config = eas.peft_config[eas.active_adapters[0]]
     return config.skipped_modules is None and 0 < (config.num_skip or 0) < len(eas.candidates)
-
-
-def check_settings(
-    caller: str,
-    reward: str,
-    search_steps: Any,
-    warmup_steps: Any,
-    interval: Any,
-    num_candidates: Any,
-    score_lr: Any,
-    score_temperature: Any,
-    freeze_context_at: Any,
-) -> None:
-    """Raises a ValueError for a setting of `caller` that is out of range whatever the run."""
-    check_search_values(score_temperature, score_lr, reward)
-    _check_steps(caller, "search_steps", search_steps)
-    _check_steps(caller, "warmup_steps", warmup_steps)
-    if freeze_context_at is not None:
-        _check_steps(caller, "freeze_context_at", freeze_context_at)
-    for name, value, least in (("interval", interval, 1), ("num_candidates", num_candidates, 2)):
-        if not is_int(value, least):
-            raise ValueError(f"{caller}({name}={value!r}): {name} must be an integer of at least {least}.")
-
-
-def _check_steps(caller: str, name: str, value: Any) -> None:
-    least = 0 if name == "warmup_steps" else 1
-    is_steps = is_int(value, least)
-    is_fraction = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0)
-    if not (is_steps or is_fraction):
-        raise ValueError(
-            f"{caller}({name}={value!r}): {name} must be an integer of at least {least} (optimizer steps) or a "
-            f"float {'from 0.0' if least == 0 else 'above 0.0'} to 1.0 (fraction of the run)."
-        )
-
-
-def _to_steps(value: int | float, num_steps: int) -> int:
-    return round(value * num_steps) if isinstance(value, float) else value
 
 
 def _mean_over_ranks(losses: torch.Tensor) -> list[float]:

@@ -1,0 +1,81 @@
+"""When a search begins, ends and freezes the context: its settings, and the steps that they mean in a run."""
+
+from typing import Any, NamedTuple
+
+from .bandit import check_search_values
+from .values import is_int
+
+# What decides the course of a search, in `EASSearch` and in `EASCallback` alike.
+SETTINGS = (
+    "reward",
+    "search_steps",
+    "warmup_steps",
+    "interval",
+    "num_candidates",
+    "score_lr",
+    "score_temperature",
+    "freeze_context_at",
+)
+
+
+class Schedule(NamedTuple):
+    """The optimizer steps at which rewards begin, the search ends, and the context is frozen (None: never)."""
+
+    warmup_end: int
+    search_end: int
+    freeze_step: int | None
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], num_steps: int) -> "Schedule":
+        """The schedule of a run of `num_steps`, of which a float among the settings is a fraction."""
+        times = (settings[name] for name in ("warmup_steps", "search_steps", "freeze_context_at"))
+        return cls(*(round(time * num_steps) if isinstance(time, float) else time for time in times))
+
+    def check(self, settings: dict[str, Any], num_steps: int) -> None:
+        """Raises a ValueError where a search has no room for a round of rewards, or goes on beyond the freeze."""
+        interval, search_steps = settings["interval"], settings["search_steps"]
+        if not self.warmup_end + interval <= self.search_end <= num_steps:
+            raise ValueError(
+                f"A search that ends at step {self.search_end} (search_steps={search_steps}) with rewards every "
+                f"{interval} steps (interval) from step {self.warmup_end} on (warmup_steps="
+                f"{settings['warmup_steps']}) does not fit into a run of {num_steps} steps, or has no rewards. Lower "
+                "interval or warmup_steps, change search_steps, or train for longer."
+            )
+        if self.freeze_step is not None and self.freeze_step < self.search_end:
+            raise ValueError(
+                f"freeze_context_at={settings['freeze_context_at']} is step {self.freeze_step}, before the search is "
+                f"over at step {self.search_end} (search_steps={search_steps}). Freeze later, or search for less."
+            )
+
+
+def check_settings(
+    caller: str,
+    reward: str,
+    search_steps: Any,
+    warmup_steps: Any,
+    interval: Any,
+    num_candidates: Any,
+    score_lr: Any,
+    score_temperature: Any,
+    freeze_context_at: Any,
+) -> None:
+    """Raises a ValueError for a setting of `caller` that is out of range whatever the run."""
+    check_search_values(score_temperature, score_lr, reward)
+    _check_steps(caller, "search_steps", search_steps)
+    _check_steps(caller, "warmup_steps", warmup_steps)
+    if freeze_context_at is not None:
+        _check_steps(caller, "freeze_context_at", freeze_context_at)
+    for name, value, least in (("interval", interval, 1), ("num_candidates", num_candidates, 2)):
+        if not is_int(value, least):
+            raise ValueError(f"{caller}({name}={value!r}): {name} must be an integer of at least {least}.")
+
+
+def _check_steps(caller: str, name: str, value: Any) -> None:
+    least = 0 if name == "warmup_steps" else 1
+    is_steps = is_int(value, least)
+    is_fraction = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0)
+    if not (is_steps or is_fraction):
+        raise ValueError(
+            f"{caller}({name}={value!r}): {name} must be an integer of at least {least} (optimizer steps) or a "
+            f"float {'from 0.0' if least == 0 else 'above 0.0'} to 1.0 (fraction of the run)."
+        )
