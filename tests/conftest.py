@@ -194,18 +194,17 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Prints one line per family that test_architectures.py ran over."""
-    lines: dict[str, dict[str, float]] = {}
+    lines: dict[str, dict[str, list]] = {}
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.getreports(outcome):
             properties = dict(getattr(report, "user_properties", ()))  # a skipped module has none
             if "family" in properties and (report.when == "call" or outcome != "passed"):
-                line = lines.setdefault(properties["family"], {"passed": 0, "failed": 0, "skipped": 0, "merge": 0.0})
-                line[outcome] += 1
-                line["merge"] = max(line["merge"], properties.get("merge", 0.0))
+                line = lines.setdefault(properties["family"], {"outcomes": [], "merges": []})
+                line["outcomes"].append(outcome)
+                line["merges"] += [properties["merge"]] if "merge" in properties else []
     if lines:
-        terminalreporter.section("families: largest relative difference between merged and unmerged")
+        terminalreporter.section("families, with the largest relative difference between merged and unmerged")
     for family, line in sorted(lines.items()):
-        counts = ", ".join(
-            f"{line[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if line[outcome]
-        )
-        terminalreporter.line(f"{family:45} {line['merge']:8.1e}  {counts}")
+        counts = ", ".join(f"{line['outcomes'].count(name)} {name}" for name in dict.fromkeys(line["outcomes"]))
+        worst = f"{max(line['merges']):.1e}" if line["merges"] else ""
+        terminalreporter.line(f"{family:45} {worst:8}  {counts}")

@@ -5,7 +5,7 @@ family, add a row.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,13 +99,13 @@ def _speech_to_text(batch: int, length: int, generator: torch.Generator) -> dict
     return {"input_features": features, "decoder_input_ids": torch.randint(3, 60, (batch, 7), generator=generator)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A tiny model: what makes its config, the class that is built from it, and what makes its inputs.
 
     Attributes:
         num_candidates: MHAs that are targets by default.
-        on_request: a regular expression over MHAs that are targets on request, with what makes a model of them alone.
+        on_request: a regular expression over MHAs that are targets on request, or None.
         kind: "decoder" (generates, and its labels are its tokens), "encoder-decoder" (generates), or "encoder".
     """
 
@@ -116,7 +116,6 @@ class Family:
     kind: str = "decoder"
     on_request: str | None = None
     task_type: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
     def build(self, seed: int = 0) -> transformers.PreTrainedModel:
         """The model with weights so wide that a wrong token, mask or position shows, in evaluation mode."""

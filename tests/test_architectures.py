@@ -8,6 +8,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -40,16 +41,16 @@ SKIPS = {
 }
 
 
-def candidates(family: Family, model: PreTrainedModel, on_request: bool) -> list[str]:
+@cache
+def candidates(family: Family, on_request: bool) -> list[str]:
     """Full names of the targets: by default, or on request."""
-    pattern = family.on_request if on_request else None
-    config = EASConfig(num_skip=0, target_modules=pattern)
-    return get_peft_model(model, config).base_model.candidates
+    config = EASConfig(num_skip=0, target_modules=family.on_request if on_request else None)
+    return get_peft_model(family.build(), config).base_model.candidates
 
 
 def make(family: Family, skip: str | None, context: str = "running", on_request: bool = False, **options) -> PeftModel:
     """The family's model with adapters that are not the identity, and running contexts that have seen two batches."""
-    names = candidates(family, family.build(), on_request)
+    names = candidates(family, on_request)
     defaults = {"r": 8, "attention_r": 4, "dropout": 0.0, "init_weights": False, "task_type": family.task_type}
     torch.manual_seed(1)
     config = EASConfig(
@@ -128,7 +129,7 @@ def test_finds_its_mhas_and_starts_as_the_base(name, on_request):
     inputs = family.make_inputs()
     expected = output(family.build(), inputs)
     base = family.build()
-    names = candidates(family, family.build(), on_request)
+    names = candidates(family, on_request)
     model = get_peft_model(base, EASConfig(num_skip=1, target_modules=names, r=8, attention_r=4)).eval()
     assert names
     if not on_request:
@@ -146,7 +147,7 @@ def test_a_new_adapter_is_the_base_without_the_skipped_mhas(name, on_request, sk
     family = ARCHITECTURES[name]
     inputs = family.make_inputs()
     base, bare = family.build(), family.build()
-    names = candidates(family, family.build(), on_request)
+    names = candidates(family, on_request)
     skipped = SKIPS[skip](names)
     rows = {mha: row for mha, _, row in find_mhas(bare)}
     for mha in skipped:
@@ -295,7 +296,7 @@ def test_the_context_of_a_cross_attention_is_what_it_attends_to(name):
     """And the padding of the other side is left out of it."""
     family = ARCHITECTURES[name]
     cross = {mha for mha, _, row in find_mhas(family.build()) if row.is_cross}
-    names = [mha for mha in candidates(family, family.build(), False) if mha in cross]
+    names = [mha for mha in candidates(family, False) if mha in cross]
     config = EASConfig(skipped_modules=names, target_modules=names, r=8, init_weights=False, dropout=0.0)
     model = get_peft_model(family.build(), config).train()
     inputs = labelled(family, family.make_inputs())
@@ -490,7 +491,7 @@ def test_a_row_is_all_that_a_new_family_needs(house, skip, context, tmp_path):
     inputs = house.make_inputs(batch=3)
     inputs["attention_mask"][0, :3] = 0
     base = output(house.build(), inputs)
-    assert len(candidates(house, house.build(), False)) == house.num_candidates
+    assert len(candidates(house, False)) == house.num_candidates
     new = get_peft_model(house.build(), EASConfig(num_skip=1, r=8, attention_r=4)).eval()
     assert torch.equal(output(new, inputs), base)
 
