@@ -333,7 +333,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.dtype = getattr(torch, options.dtype)
-    torch._dynamo.config.recompile_limit = 64  # all variants have the same code
+    torch._dynamo.config.cache_size_limit = 64  # of recompilations, for all variants have the same code
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.manual_seed(0)

@@ -483,6 +483,7 @@ def test_an_adapter_trained_in_bfloat16(family, device, tmp_path):
             assert torch.equal(logits(loaded, inputs), expected)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 does not compile a stock BERT either")
 def test_a_compiled_model(device):
     inputs = make_inputs("bert", device)
     model = get_peft_model(build_model("bert", device, num_hidden_layers=1), config_of("bert", [0])).eval()
