@@ -6,6 +6,7 @@ What holds for any architecture (training, resuming, bad input, ...) is tested e
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -370,6 +371,46 @@ def test_a_prompt_that_a_block_is_not_given_is_no_other_prompt():
         model(**inputs).loss.backward()
     model.base_model.freeze_context()
     model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "bart"])
+def test_several_threads_run_one_model_each_with_its_own_prompt(name):
+    family = ARCHITECTURES[name]
+    model = make(family, "some", "prompt")
+    batches = [family.make_inputs(seed=seed) for seed in range(4)]
+    expected = [output(model, batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            actual = list(pool.map(lambda i: output(model, batches[i % 4]), range(60)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(difference(value, expected[i % 4]) for i, value in enumerate(actual)) <= 1e-5
+
+
+def test_compiled_blocks_that_are_not_given_the_prompt_know_it_too():
+    family = ARCHITECTURES["falcon"]
+    model = make(family, "some", "prompt")
+    inputs = labelled(family, family.make_inputs())
+    inputs["attention_mask"][0, -3:] = 0
+    expected = output(model, inputs)
+    assert difference(output(torch.compile(model, backend="eager"), inputs), expected) <= 1e-5
+    assert difference(output(torch.compile(merge(model, "prompt"), backend="eager"), inputs), expected) <= 1e-5
+
+
+def test_a_cross_attention_that_is_given_nothing_to_attend_to_cannot_be_skipped():
+    family = replace(ARCHITECTURES["bart"], model_class="BartForCausalLM", inputs=ARCHITECTURES["llama"].inputs)
+    inputs = family.make_inputs()
+    names = [f"model.decoder.layers.0.{mha}" for mha in ("self_attn", "encoder_attn")]
+    config = EASConfig(skipped_modules=names, target_modules=names, r=8, init_weights=False, context="running")
+    model = get_peft_model(family.build(), config).eval()
+    with pytest.raises(RuntimeError, match=r"encoder_attn is skipped, but .*no encoder_hidden_states.*exclude_mod"):
+        output(model, inputs)
+    config = EASConfig(skipped_modules=names[:1], exclude_modules=["encoder_attn"], r=8, init_weights=False)
+    model = get_peft_model(family.build(), config).eval()
+    expected = output(model, inputs)
+    assert difference(output(merge(model, "prompt"), inputs), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
