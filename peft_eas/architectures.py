@@ -214,6 +214,8 @@ _SIGLIP = Architecture(
     kind="vision",
     attends=_OWN_TOKENS,
 )
+# Of two towers of one class of block; the type of a merged one's config is another.
+_OF_IMAGES, _OF_TEXT = {"self_attn.config.vocab_size": None}, {"self_attn.config.patch_size": None}
 
 # The images of a batch in one row, or in Qwen2.5-VL's windowed blocks their windows: each with a context of its own.
 _PACKED_VISION = Architecture(
@@ -342,12 +344,12 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
         for ffn in (("mlp.fc1",), ("mlp.weights_in",))
     ),
     "CLIPEncoderLayer": (
-        replace(_SIGLIP, where={"self_attn.config.model_type": "clip_vision_model"}),
-        replace(_SIGLIP, kind="encoder", where={"self_attn.config.model_type": "clip_text_model"}),
+        replace(_SIGLIP, where=_OF_IMAGES),
+        replace(_SIGLIP, kind="encoder", where=_OF_TEXT),
     ),
     "SiglipEncoderLayer": (
-        replace(_SIGLIP, where={"self_attn.config.model_type": "siglip_vision_model"}),
-        replace(_SIGLIP, kind="encoder", where={"self_attn.config.model_type": "siglip_text_model"}),
+        replace(_SIGLIP, where=_OF_IMAGES),
+        replace(_SIGLIP, kind="encoder", where=_OF_TEXT),
     ),
     "Idefics3EncoderLayer": _SIGLIP,
     "SmolVLMEncoderLayer": _SIGLIP,

@@ -198,6 +198,21 @@ def test_merge_is_exact_saved_and_reloaded(name, on_request, skip, context, tmp_
         stock.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "model_class"), [("clip_vision_model", None), ("qwen2", "Qwen2Model"), ("t5", None)])
+def test_a_merged_model_hands_out_its_hidden_states(name, model_class):
+    """Also one without a head, which is asked for them itself."""
+    family = ARCHITECTURES[name]
+    family = replace(family, model_class=model_class or family.model_class)
+    inputs = {**family.make_inputs(), "output_hidden_states": True}
+    model = make(replace(family, kind="encoder"), "some")
+    kinds = ("hidden_states",) if name != "t5" else ("encoder_hidden_states", "decoder_hidden_states")
+    with torch.no_grad():
+        expected, actual = model(**inputs), merge(model, "running")(**inputs)
+    for kind in kinds:
+        assert len(actual[kind]) == len(expected[kind]) > 1
+        assert all(difference(a, e) <= 1e-5 for a, e in zip(actual[kind], expected[kind]))
+
+
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("context", ["running", "prompt"])
 def test_generates_alike_with_and_without_cache_padding_and_adapters(name, context):
@@ -344,6 +359,24 @@ def test_self_and_cross_attention_in_front_of_one_ffn_are_skipped_each_alone():
         assert difference(output(merge(model, "running"), inputs), expected) <= 1e-5
     for first in outputs:
         assert all(difference(outputs[first], outputs[other]) > 1e-2 for other in outputs if other != first)
+
+
+@pytest.mark.parametrize("name", ["clip_vision_model", "siglip", "mixtral", "bart"])
+def test_a_merged_model_is_trained_and_merged_again(name, tmp_path):
+    family = ARCHITECTURES[name]
+    inputs = family.make_inputs()
+    merge(make(family, "last"), "running").save_pretrained(tmp_path)
+    merged_class = merged_model_class(getattr(transformers, family.model_class))
+    base = merged_class.from_pretrained(tmp_path).eval()
+    config = EASConfig(num_skip=1, r=8, attention_r=4, init_weights=False, context="running")
+    model = get_peft_model(base, config).eval()
+    assert len(model.base_model.candidates) == family.num_candidates - 1
+    model.base_model.set_skipped_modules(model.base_model.candidates[-1:])
+    expected = output(model, inputs)
+    again = merge(model, "running")
+    assert difference(output(again, inputs), expected) <= 1e-5
+    again.save_pretrained(tmp_path / "again")
+    assert difference(output(merged_class.from_pretrained(tmp_path / "again").eval(), inputs), expected) <= 1e-5
 
 
 def test_a_mixture_of_experts_is_merged_in_place_and_taken_apart_again():
