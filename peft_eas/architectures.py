@@ -204,7 +204,7 @@ _VIT = Architecture(
     kind="vision",
 )
 _DINOV2 = replace(_VIT, input_norm="norm1", output_norm="layer_scale1", branch=None)
-# What tells the two towers of a model whose blocks are of one class.
+# What tells two towers with blocks of one class; the type of their configs is another in a merged model.
 _OF_IMAGES = {"self_attn.config.vocab_size": None}
 _OF_TEXT = {"self_attn.config.patch_size": None}
 _SIGLIP = Architecture(

@@ -12,7 +12,6 @@ Needs nothing but torch and transformers: it is a part of the file that a merged
 """
 
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,16 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .adapter import RoutedAdapter
-from .prompt import PROMPT_KEY, Prompt, cached_length, keys_attended_to, masked_mean, read_context, write_context
+from .prompt import (
+    PROMPT_KEY,
+    ByThread,
+    Prompt,
+    cached_length,
+    keys_attended_to,
+    masked_mean,
+    read_context,
+    write_context,
+)
 from .skipped import advance_cache, find_cache
 
 ADAPTER_NAME = "eas_adapter"  # in front of the name of the MHA
@@ -136,10 +144,10 @@ class Carrier:
     def __init__(self, current: Callable[[], Prompt | None], attended: Attended | None) -> None:
         self.current = current
         self.attended = attended
-        self._calls: dict[int, Call] = {}  # by thread, as servers run several
+        self._call: ByThread[Call] = ByThread()
 
     def __call__(self, mha: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._calls[threading.get_ident()] = Call(args, kwargs, self.current, self.attended)
+        self._call.put(Call(args, kwargs, self.current, self.attended))
         return args, {key: value for key, value in kwargs.items() if key != PROMPT_KEY}
 
     def take(self) -> Call:
@@ -148,14 +156,15 @@ class Carrier:
         Raises:
             RuntimeError: if the MHA was not called before, as by a copy of the FFN alone.
         """
-        try:
-            return self._calls.pop(threading.get_ident())
-        except KeyError:
+        call = self._call.take()
+        if call is None:
             raise RuntimeError(
                 "An FFN with an adapter that takes each prompt's context was called without the deleted attention in "
-                "front of it. It cannot be copied or called on its own (PEFT's modules_to_save does); leave it out, "
-                "or merge the model with a frozen context."
-            ) from None
+                "front of it. It cannot be copied or called on its own (PEFT's modules_to_save does), and a deleted "
+                "cross-attention must be given what it attended to; leave it out, or merge the model with a frozen "
+                "context."
+            )
+        return call
 
 
 class PromptedAdapter:

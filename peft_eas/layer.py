@@ -5,6 +5,7 @@ A candidate MHA has three kinds of wrappers: `MHALayer` around the attention, wh
 must agree on, above all which adapters skip the MHA, they share through one `Candidate`.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from .fold import (
     unfold,
 )
 from .forward import Attended, Call, replace_hidden_states
-from .prompt import PROMPT_KEY, Prompt, cached_length, read_context, write_context
+from .prompt import PROMPT_KEY, ByThread, Prompt, cached_length, read_context, write_context
 from .quantised import is_floating, is_quantised
 from .skipped import advance_cache, skipped_output, skipped_return
 
@@ -60,7 +61,7 @@ class Candidate:
         self.current = current
         self.configs: dict[str, EASConfig] = {}
         self.skipped_by: set[str] = set()
-        self.call: Call | None = None
+        self.call: ByThread[Call] = ByThread()
 
     @property
     def context_tokens(self) -> str:
@@ -363,7 +364,7 @@ class MHALayer(AdaptedLayer):
             return self.base_layer(*args, **kwargs)
         z = args[0] if args else kwargs["hidden_states"]
         if self.is_skipped:
-            self.candidate.call = call
+            self.candidate.call.put(call)
             advance_cache(call.cache, self.candidate.layer_idx, z)
             if row.kept_norm is None:
                 update = skipped_output(z)
@@ -386,7 +387,13 @@ class MHALayer(AdaptedLayer):
             args, kwargs = replace_hidden_states(z, args, kwargs)
             return self.base_layer(*args, **kwargs)
         core = self.base_layer.get_submodule(core.removeprefix(f"{self.candidate.architecture.mha}."))
-        handle = core.register_forward_pre_hook(lambda _, *inputs: replace_hidden_states(z, *inputs), with_kwargs=True)
+        thread = threading.get_ident()
+
+        def adapt(_: nn.Module, *inputs: Any) -> tuple[tuple, dict[str, Any]] | None:
+            # Another thread may be inside the same module with an input of its own.
+            return replace_hidden_states(z, *inputs) if threading.get_ident() == thread else None
+
+        handle = core.register_forward_pre_hook(adapt, with_kwargs=True)
         try:
             return self.base_layer(*args, **kwargs)
         finally:
@@ -409,12 +416,17 @@ class FFNLayer(AdaptedLayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the FFN does."""
-        call, self.candidate.call = self.candidate.call, None
-        adapter = self._adapter_to_apply()
+        call, adapter = self.candidate.call.take(), self._adapter_to_apply()
         if self.fold_shift is not None:
             hidden_states = hidden_states + self.fold_shift.to(hidden_states)
         if adapter is None:
             return self.base_layer(hidden_states, *args, **kwargs)
+        if call is None:
+            raise RuntimeError(
+                f"{self.candidate.name} is skipped, but the block went past it, as past a cross-attention that is "
+                "given no encoder_hidden_states, so that its adapter has nothing to stand for. Give the model what it "
+                "attends to, or take it out of the targets with exclude_modules."
+            )
         z = call.as_sequences(hidden_states)
         # The cache has counted this pass's tokens already, as the MHA, or its wrapper, came first.
         seen = cached_length(call.cache, self.candidate.layer_idx) - z.shape[1] if self.needs_prompt else 0

@@ -318,6 +318,8 @@ def turn_into_merged(
     model.config.eas = {**record, "checksum": checksum(record)}
     model.config._name_or_path = ""
     model.__class__ = merged_model_class(type(model))
+    # A class hands out hidden states and attentions only once the base class's constructor has seen it.
+    PreTrainedModel.__init__(object.__new__(type(model)), model.config)
     return model
 
 

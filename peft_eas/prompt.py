@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -129,6 +129,33 @@ def keys_attended_to(mask: Any, shape: tuple[int, int]) -> torch.Tensor | None:
     return mask[:, : shape[1]].bool().expand(shape)
 
 
+T = TypeVar("T")
+
+
+class ByThread(Generic[T]):
+    """A value for each thread, as servers run several; compiled code, which cannot tell them apart, has one apart.
+
+    What compiled code has put is found by what runs as it was written, behind it.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, T] = {}
+
+    def put(self, value: T) -> None:
+        """Puts the value of this thread."""
+        self._values[0 if torch.compiler.is_compiling() else threading.get_ident()] = value
+
+    def get(self) -> T | None:
+        """The value of this thread, or None."""
+        value = None if torch.compiler.is_compiling() else self._values.get(threading.get_ident())
+        return self._values.get(0) if value is None else value
+
+    def take(self) -> T | None:
+        """The value of this thread, or None, which is not held any longer."""
+        value = None if torch.compiler.is_compiling() else self._values.pop(threading.get_ident(), None)
+        return self._values.pop(0, None) if value is None else value
+
+
 class PromptHook:
     """Pre-hook on the base model that marks the prompt for the layers beneath.
 
@@ -148,7 +175,7 @@ class PromptHook:
         self.was_used = False
         # By thread, as servers run several: what generate() was given, and the prompt of the pass under way.
         self._generations: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._current: dict[int, Prompt] = {}
+        self._current: ByThread[Prompt] = ByThread()
         self._warned = False
         self._handles = [
             model.register_forward_pre_hook(self, with_kwargs=True),
@@ -181,15 +208,10 @@ class PromptHook:
 
     def current(self) -> Prompt | None:
         """The prompt of the model's forward pass that is under way in this thread, or None outside of any."""
-        return None if torch.compiler.is_compiling() else self._current.get(threading.get_ident())
-
-    def _note_prompt(self, prompt: Prompt) -> None:
-        if not torch.compiler.is_compiling():
-            self._current[threading.get_ident()] = prompt
+        return self._current.get()
 
     def _forget_prompt(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._current.pop(threading.get_ident(), None)
+        self._current.take()
 
     def _refuse_packed(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self.is_needed():
@@ -203,7 +225,7 @@ class PromptHook:
         self.was_used = True
         mask = kwargs.pop(PROMPT_MASK_KEY, None)
         if PROMPT_KEY in kwargs:  # marked already by a model around this one
-            self._note_prompt(kwargs[PROMPT_KEY])
+            self._current.put(kwargs[PROMPT_KEY])
             return args, kwargs
         if not self.is_needed():
             return args, kwargs
@@ -220,7 +242,7 @@ class PromptHook:
         else:
             mask = mask.bool()
         prompt = Prompt(mask, is_given)
-        self._note_prompt(prompt)
+        self._current.put(prompt)
         return args, {**kwargs, PROMPT_KEY: prompt}
 
     @contextmanager

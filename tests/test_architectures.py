@@ -6,7 +6,7 @@ What holds for any architecture (training, resuming, bad input, ...) is tested e
 import json
 import subprocess
 import sys
-from copy import deepcopy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -199,6 +199,21 @@ def test_merge_is_exact_saved_and_reloaded(name, on_request, skip, context, tmp_
         stock.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "model_class"), [("clip_vision_model", None), ("qwen2", "Qwen2Model"), ("t5", None)])
+def test_a_merged_model_hands_out_its_hidden_states(name, model_class):
+    """Also one without a head, which is asked for them itself."""
+    family = ARCHITECTURES[name]
+    family = replace(family, model_class=model_class or family.model_class)
+    inputs = {**family.make_inputs(), "output_hidden_states": True}
+    model = make(replace(family, kind="encoder"), "some")
+    kinds = ("hidden_states",) if name != "t5" else ("encoder_hidden_states", "decoder_hidden_states")
+    with torch.no_grad():
+        expected, actual = model(**inputs), merge(model, "running")(**inputs)
+    for kind in kinds:
+        assert len(actual[kind]) == len(expected[kind]) > 1
+        assert all(difference(a, e) <= 1e-5 for a, e in zip(actual[kind], expected[kind]))
+
+
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("context", ["running", "prompt"])
 def test_generates_alike_with_and_without_cache_padding_and_adapters(name, context):
@@ -347,23 +362,26 @@ def test_self_and_cross_attention_in_front_of_one_ffn_are_skipped_each_alone():
         assert all(difference(outputs[first], outputs[other]) > 1e-2 for other in outputs if other != first)
 
 
-@pytest.mark.parametrize("name", ["llama4", "clip", "clip_vision_model", "siglip", "bart", "t5", "qwen2_vl"])
-def test_a_merged_model_is_tuned_and_merged_again(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["llama4", "mixtral", "clip", "clip_vision_model", "siglip", "bart", "t5", "qwen2_vl"]
+)
+def test_a_merged_model_is_loaded_tuned_and_merged_again(name, tmp_path):
     """With other MHAs skipped than before; what the first merge has deleted is no candidate any longer."""
     family = ARCHITECTURES[name]
     inputs = family.make_inputs()
-    first = merge(make(family, "first"), "running")
-    names = get_peft_model(deepcopy(first), EASConfig(num_skip=0)).base_model.candidates
+    merge(make(family, "first"), "running").save_pretrained(tmp_path)
+    merged_class = merged_model_class(getattr(transformers, family.model_class))
+    config = EASConfig(num_skip=1, r=8, attention_r=4, init_weights=False, context="running")
+    model = get_peft_model(merged_class.from_pretrained(tmp_path).eval(), config).eval()
+    names = model.base_model.candidates
     assert len(names) == family.num_candidates - 1
-    config = EASConfig(skipped_modules=names[1::2], r=8, attention_r=4, init_weights=False, context="running")
-    model = get_peft_model(first, config).eval()
+    model.base_model.set_skipped_modules(names[1::2])
     expected = output(model, inputs)
-    merged = merge(model, "running")
-    actual = output(merged, inputs)
+    again = merge(model, "running")
+    actual = output(again, inputs)
     assert difference(actual, expected) <= 1e-5
-    merged.save_pretrained(tmp_path)
-    loaded = type(merged).from_pretrained(tmp_path).eval()
-    assert torch.equal(output(loaded, inputs), actual)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(output(merged_class.from_pretrained(tmp_path / "again").eval(), inputs), actual)
 
 
 def test_a_mixture_of_experts_is_merged_in_place_and_taken_apart_again():
@@ -391,6 +409,46 @@ def test_a_prompt_that_a_block_is_not_given_is_no_other_prompt():
         model(**inputs).loss.backward()
     model.base_model.freeze_context()
     model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "bart"])
+def test_several_threads_run_one_model_each_with_its_own_prompt(name):
+    family = ARCHITECTURES[name]
+    model = make(family, "some", "prompt")
+    batches = [family.make_inputs(seed=seed) for seed in range(4)]
+    expected = [output(model, batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            actual = list(pool.map(lambda i: output(model, batches[i % 4]), range(60)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(difference(value, expected[i % 4]) for i, value in enumerate(actual)) <= 1e-5
+
+
+def test_compiled_blocks_that_are_not_given_the_prompt_know_it_too():
+    family = ARCHITECTURES["falcon"]
+    model = make(family, "some", "prompt")
+    inputs = labelled(family, family.make_inputs())
+    inputs["attention_mask"][0, -3:] = 0
+    expected = output(model, inputs)
+    assert difference(output(torch.compile(model, backend="eager"), inputs), expected) <= 1e-5
+    assert difference(output(torch.compile(merge(model, "prompt"), backend="eager"), inputs), expected) <= 1e-5
+
+
+def test_a_cross_attention_that_is_given_nothing_to_attend_to_cannot_be_skipped():
+    family = replace(ARCHITECTURES["bart"], model_class="BartForCausalLM", inputs=ARCHITECTURES["llama"].inputs)
+    inputs = family.make_inputs()
+    names = [f"model.decoder.layers.0.{mha}" for mha in ("self_attn", "encoder_attn")]
+    config = EASConfig(skipped_modules=names, target_modules=names, r=8, init_weights=False, context="running")
+    model = get_peft_model(family.build(), config).eval()
+    with pytest.raises(RuntimeError, match=r"encoder_attn is skipped, but .*no encoder_hidden_states.*exclude_mod"):
+        output(model, inputs)
+    config = EASConfig(skipped_modules=names[:1], exclude_modules=["encoder_attn"], r=8, init_weights=False)
+    model = get_peft_model(family.build(), config).eval()
+    expected = output(model, inputs)
+    assert difference(output(merge(model, "prompt"), inputs), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
