@@ -21,16 +21,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .adapter import RoutedAdapter
-from .prompt import (
-    PROMPT_KEY,
-    ByThread,
-    Prompt,
-    cached_length,
-    keys_attended_to,
-    masked_mean,
-    read_context,
-    write_context,
-)
+from .context_cache import cached_length, read_context, write_context
+from .prompt import PROMPT_KEY, ByThread, Prompt, keys_attended_to, masked_mean
 from .skipped import advance_cache, find_cache
 
 ADAPTER_NAME = "eas_adapter"  # in front of the name of the MHA

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .architectures import join, rows_of
+from .candidate import Candidate
 from .checks import (
     Targets,
     block_width,
@@ -22,7 +23,7 @@ from .checks import (
     skippable_mhas,
 )
 from .config import EASConfig
-from .layer import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer
+from .layer import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
 from .merging import MergingTuner
 from .prompt import PromptHook
 
