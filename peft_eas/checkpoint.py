@@ -84,13 +84,20 @@ class CheckpointMixin:
                 f"the skipped attentions. {advice}"
             ) from error
         name = (model.config.architectures or [None])[0]
+        lost = sorted(set(info["missing_keys"]) & _saved_keys(model))
+        below = [{key.partition(".")[2] for key in keys} for keys in (lost, info["unexpected_keys"])]
+        if name != cls.__name__ and below[0] & below[1]:
+            raise ValueError(
+                f"{cls.__name__} names its weights otherwise than {name}, from which the checkpoint was saved: as in "
+                f"the stock class, {len(lost)} would stay random, such as {lost[0]}. Load it with AutoModel, save "
+                "that, and load the result."
+            )
         strange = [key for key in info["unexpected_keys"] if f".{ADAPTER_NAME}_" in key or name == cls.__name__]
         if strange:
             raise ValueError(
                 f"The checkpoint has {len(strange)} weights that its config tells nothing of, such as "
                 f"{sorted(strange)[0]}: they belong to another model. {advice}"
             )
-        lost = sorted(set(info["missing_keys"]) & _saved_keys(model))
         if lost:
             raise ValueError(
                 f"The checkpoint lacks {len(lost)} of the weights that it was saved with, such as {lost[0]}. {advice}"
@@ -179,9 +186,8 @@ def _saved_keys(model: PreTrainedModel) -> set[str]:
         return set(model.state_dict())
     with torch.device("meta"):
         saved = model._class_named(name)(model.config)
-    prefix = f"{model.base_model_prefix}."
-    names = {key.removeprefix(prefix) for key in saved.state_dict()}
-    return {key for key in model.state_dict() if key.removeprefix(prefix) in names}
+    names = {key.removeprefix(f"{saved.base_model_prefix}.") for key in saved.state_dict()}
+    return {key for key in model.state_dict() if key.removeprefix(f"{model.base_model_prefix}.") in names}
 
 
 def _add_tags(path: Path, tags: list[str]) -> None:

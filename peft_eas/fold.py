@@ -6,8 +6,11 @@ float32 and written where the weight lies. A quantised weight is dequantised, ch
 quantised.py.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +28,7 @@ from .quantised import (
     write_dense_weight,
 )
 
+P, T = ParamSpec("P"), TypeVar("T")
 # Weights below float32 are upcast in blocks of this many elements, so that folding never needs a copy of the weight.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -73,7 +77,21 @@ class FoldRecord:
     original: Original | None = None
 
 
-@torch.no_grad()
+def _exact(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` without gradients, and without autocast, which would round its products."""
+
+    @functools.wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> T:
+        kinds = {"cpu"} if (device := torch.accelerator.current_accelerator()) is None else {"cpu", device.type}
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), *(torch.autocast(kind, enabled=False) for kind in kinds)):
+                stack.enter_context(context)
+            return function(*args, **kwargs)
+
+    return exact
+
+
+@_exact
 def low_rank_map(adapter: RoutedAdapter, context: torch.Tensor) -> LowRankMap:
     """The affine map that `adapter` is in evaluation mode when its context is fixed to `context`, shape (d,)."""
     left, shift = adapter.affine_map(context[None])
@@ -113,7 +131,7 @@ def check_projection(projection: Projection, name: str, with_bias: bool = True) 
         )
 
 
-@torch.no_grad()
+@_exact
 def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> FoldRecord:
     """Folds `update` into `projection` in place, creates its bias where it has none, and returns what was added.
 
@@ -147,7 +165,7 @@ def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> 
     return FoldRecord(tuple(thins), update.right, bias, had_bias, original)
 
 
-@torch.no_grad()
+@_exact
 def shift_before(update: LowRankMap) -> torch.Tensor:
     """The vector t' in front of projections that `update` is folded into without a bias; in float32, shape (d,).
 
@@ -169,7 +187,7 @@ def shift_before(update: LowRankMap) -> torch.Tensor:
     return before.float()
 
 
-@torch.no_grad()
+@_exact
 def unfold(projection: Projection, record: FoldRecord) -> None:
     """Takes one fold out of `projection` again, to the rounding of the weight's dtype; exactly if it is quantised."""
     if record.original is not None:
@@ -186,7 +204,7 @@ def unfold(projection: Projection, record: FoldRecord) -> None:
         projection.bias = None
 
 
-@torch.no_grad()
+@_exact
 def fold_is_finite(projection: Projection, update: LowRankMap) -> bool:
     """Whether folding `update` would leave a weight and a bias without NaN and infinity. Changes nothing."""
     dtype = value_dtype(projection) if is_quantised(projection) else projection.weight.dtype

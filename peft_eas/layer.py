@@ -224,7 +224,7 @@ class AdaptedLayer(EASLayer):
             raise ValueError(
                 f"{candidate.block} was called in training outside of a forward pass of the whole model, so that its "
                 "prompt is not known. Call the whole model; where gradient checkpointing computes the block again "
-                "(Falcon's are given no more than they need), leave that off, or use context='running'."
+                "(some models' are given no more than they need), leave that off, or use context='running'."
             )
         context = call.context(z, candidate.context_tokens)
         if self.training and call.prompt is not None and id(adapter) not in call.prompt.recorded:

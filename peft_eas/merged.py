@@ -240,6 +240,20 @@ class MergedModelMixin(CheckpointMixin):
         classes["AutoConfig"] = cls.config_class
         return {name: f"{module}.{some_class.__name__}" for name, some_class in classes.items()}
 
+    # What transformers reads off the source of the stock class's module, it would look for in this one.
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls._stock_class()._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls._stock_class()._can_set_experts_implementation()
+
+    @classmethod
+    def _stock_class(cls) -> type[PreTrainedModel]:
+        return cls.__mro__[cls.__mro__.index(CheckpointMixin) + 1]
+
     @classmethod
     def _class_named(cls, name: str) -> type[PreTrainedModel]:
         return globals()[name] if name in globals() else __getattr__(name)

@@ -570,13 +570,15 @@ def test_a_row_is_all_that_a_new_family_needs(house, skip, context, tmp_path):
 _WORKER = """
 import json, sys, torch, transformers
 for folder in sys.argv[1:]:
-    inputs, expected, auto, keys = torch.load(folder + "/expected.pt")
+    inputs, expected, auto, keys, implementation = torch.load(folder + "/expected.pt")
     model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(0)
     with torch.no_grad():
         result = model(**inputs)
     actual = next(result[key] for key in keys if result.get(key) is not None)
     assert torch.equal(actual, expected), (folder, (actual - expected).abs().max())
+    # A mixture's experts are not computed one by one where the base's are not.
+    assert getattr(model.config, "_experts_implementation", None) == implementation
 assert not any(name.startswith("peft_eas") for name in sys.modules)
 """
 
@@ -591,7 +593,8 @@ def test_checkpoints_of_all_families_load_without_the_package(context, tmp_path)
         config = json.loads((folder / "config.json").read_text())
         autos = [auto for auto, target in config["auto_map"].items() if target.endswith(f".{type(merged).__name__}")]
         inputs = family.make_inputs()
-        torch.save((inputs, output(merged, inputs), autos[0], KEYS), folder / "expected.pt")
+        implementation = getattr(family.build().config, "_experts_implementation", None)
+        torch.save((inputs, output(merged, inputs), autos[0], KEYS, implementation), folder / "expected.pt")
         folders.append(str(folder))
     run = [sys.executable, "-c", _WORKER, *folders]
     result = subprocess.run(run, capture_output=True, text=True, timeout=600, cwd=tmp_path)

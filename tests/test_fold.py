@@ -220,6 +220,24 @@ def test_an_untrained_adapter_folds_to_the_same_weights(device):
     assert all(torch.equal(tensor, before[name]) for name, tensor in projection.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_nothing(dtype, device):
+    adapter, context = make_adapter(PropagationAdapter, device), torch.randn(D, device=device)
+    weight, results = torch.randn(2 * D, D, device=device, dtype=dtype), []
+    for enabled in (False, True):
+        projection = nn.Linear(D, 2 * D, bias=False, device=device, dtype=dtype)
+        projection.weight.data = weight.clone()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled):
+            update = low_rank_map(adapter, context)
+            assert fold_is_finite(projection, update)
+            record = fold(projection, update)
+        results.append((projection.weight.clone(), projection.bias))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled):
+            unfold(projection, record)
+        results[-1] += (projection.weight,)
+    assert all(map(torch.equal, *results))
+
+
 def test_adapters_in_half_precision_fold_in_float32(device):
     adapter = make_adapter(PropagationAdapter, device).bfloat16()
     projection = make_projection("separate, without bias", device)

@@ -258,3 +258,17 @@ def test_targets_in_a_merged_model_are_what_is_left(checkpoints, device):
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.*cannot be skipped"):
         get_peft_model(merged, EASConfig(skipped_modules=["model.layers.0.self_attn"]))
     assert len(get_peft_model(merged, EASConfig(num_skip=1)).candidates) == 2
+
+
+@pytest.mark.parametrize("context", ["running", "prompt"])
+def test_a_head_that_names_its_body_otherwise(context, tmp_path):
+    merged = make_eas("llama", "cpu", SKIPS["half"], context).merge_and_unload(context=context)
+    merged.save_pretrained(tmp_path)
+    auto = transformers.AutoModelForQuestionAnswering
+    with pytest.raises(ValueError, match=r"EASLlamaForQuestionAnswering names its weights otherwise.*with AutoModel"):
+        auto.from_pretrained(tmp_path)
+    transformers.AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "body")
+    inputs = make_inputs("llama", "cpu")
+    body = auto.from_pretrained(tmp_path / "body").transformer
+    with torch.no_grad():
+        assert torch.equal(body(**inputs).last_hidden_state, merged.model(**inputs).last_hidden_state)
