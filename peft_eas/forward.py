@@ -272,6 +272,10 @@ class ShiftedForward:
         return type(self.module).forward(self.module, shifted, *args, **kwargs)
 
 
+def _no_prompt() -> None:
+    """Stands for a function, and can be pickled."""
+
+
 class BranchForward:
     """The forward pass of a pre-norm block without its MHA, y = x + branch(x) (arXiv 2403.15226, section 3.3).
 
@@ -288,7 +292,7 @@ class BranchForward:
         self.layer_idx = layer_idx
         # By the child in front of which an adapter stands; and the prompt of the pass, if the block is given none.
         self.prompted: dict[str, PromptedAdapter] = {}
-        self.current: Callable[[], Prompt | None] = lambda: None
+        self.current: Callable[[], Prompt | None] = _no_prompt
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes what the block does and returns its output, in the shape of `hidden_states`, (B, T, d)."""
