@@ -38,9 +38,13 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSeq2SeqLM": "text-generation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+    "AutoModelForVisualQuestionAnswering": "visual-question-answering",
+    "AutoModelForAudioClassification": "audio-classification",
 }
 
 

@@ -265,7 +265,7 @@ class ShiftedForward:
 
 
 def _no_prompt() -> None:
-    return None
+    """Stands for a function, and can be pickled."""
 
 
 class BranchForward:

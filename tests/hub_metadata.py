@@ -17,7 +17,7 @@ LICENSES = """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-
     grok2-community gemma unknown other""".split()  # noqa: SIM905
 PIPELINE_TAGS = """text-generation image-text-to-text text-classification token-classification question-answering
     fill-mask feature-extraction image-feature-extraction image-classification zero-shot-image-classification
-    image-to-text""".split()  # noqa: SIM905
+    image-to-text automatic-speech-recognition audio-classification visual-question-answering""".split()  # noqa: SIM905
 FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MODEL_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
 

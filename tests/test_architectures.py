@@ -15,6 +15,7 @@ import torch
 import transformers
 from conftest import difference
 from families import ARCHITECTURES, SPECIAL_TOKENS, Family
+from hub_metadata import metadata_problems
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -360,6 +361,28 @@ def test_self_and_cross_attention_in_front_of_one_ffn_are_skipped_each_alone():
         assert difference(output(merge(model, "running"), inputs), expected) <= 1e-5
     for first in outputs:
         assert all(difference(outputs[first], outputs[other]) > 1e-2 for other in outputs if other != first)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("t5", "AutoModelForSeq2SeqLM"),
+        ("bart", "AutoModelForSeq2SeqLM"),
+        ("encoder-decoder of two berts", "AutoModelForSeq2SeqLM"),
+        ("whisper", "AutoModelForSpeechSeq2Seq"),
+        ("vilt", "AutoModelForVisualQuestionAnswering"),
+    ],
+)
+def test_the_card_names_the_auto_class_that_loads_all_of_the_model(name, auto, tmp_path):
+    family = ARCHITECTURES[name]
+    merged = merge(make(family, "some"), "running")
+    merged.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"{auto}.from_pretrained" in card
+    assert metadata_problems(card) == ([], [])
+    inputs = family.make_inputs()
+    loaded = getattr(transformers, auto).from_pretrained(tmp_path)
+    assert torch.equal(output(loaded, inputs), output(merged, inputs))
 
 
 @pytest.mark.parametrize(
