@@ -561,6 +561,13 @@ def house(monkeypatch) -> Family:
     return Family(HouseConfig, "House", num_candidates=6, kind="encoder")
 
 
+def test_two_attentions_in_front_of_a_mixture_of_experts_are_refused(monkeypatch):
+    row = TABLE["MixtralDecoderLayer"]
+    monkeypatch.setitem(TABLE, "MixtralDecoderLayer", (row, replace(row, mha_projections=("self_attn.q_proj",))))
+    with pytest.raises(ValueError, match=r"rows of MixtralDecoderLayer .*several MHAs.*'mlp'.*Leave one"):
+        get_peft_model(ARCHITECTURES["mixtral"].build(), EASConfig(num_skip=1))
+
+
 @pytest.mark.parametrize("context", ["running", "prompt"])
 @pytest.mark.parametrize("skip", SKIPS)
 def test_a_row_is_all_that_a_new_family_needs(house, skip, context, tmp_path):
