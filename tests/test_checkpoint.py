@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_eas import EASConfig
 from peft_eas.checkpoint import CODE_FILE, CODE_PARTS, code_text
-from peft_eas.merged import checksum
+from peft_eas.merged import FORMAT, checksum
 
 CONTEXTS = ["running", "prompt"]
 ADVICE = r"Copy or download .* again, with config.json as it was saved"
@@ -360,9 +360,10 @@ def test_another_family_in_the_config(copied):
 def test_a_record_of_another_format(copied):
     folder, auto = copied("llama")
     config = json.loads((folder / "config.json").read_text())
-    config["eas"]["format"] = 2
+    config["eas"]["format"] = FORMAT + 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"has format 2, but this code reads format 1.*pip install --upgrade"):
+    message = rf"has format {FORMAT + 1}, but this code reads format {FORMAT}.*pip install --upgrade"
+    with pytest.raises(ValueError, match=message):
         auto.from_pretrained(folder)
 
 
