@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, at_path, default_targets, find_mhas, has_path, join, reasons_against
+from .architectures import Architecture, at_path, default_targets, find_mhas, has_path, join, reasons_against, rows_of
 from .config import EASConfig
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer
@@ -48,6 +48,12 @@ def _check_row(block: nn.Module, block_name: str, row: Architecture) -> None:
     for path in (*row.paths, *(row.branch or ())):
         if not has_path(block, path):
             raise ValueError(f"{head} {path!r}, but {block_name or name} has no such module. {advice}")
+    if row.experts and sum(other.ffn == row.ffn for other in rows_of(block)) > 1:
+        raise ValueError(
+            f"The rows of {name} in the table of architectures have several MHAs in front of the mixture of experts "
+            f"{row.ffn!r}, whose folded adapters would need more than the one vector that can stay in front of it. "
+            f"Leave one of them in ARCHITECTURES[{name!r}]."
+        )
     widths = {}
     for path in (*row.mha_projections, *row.ffn_projections):
         projection = at_path(block, path)

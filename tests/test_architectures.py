@@ -178,7 +178,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @sides
-@pytest.mark.parametrize("skip", ["first", "some", "others", "all"])
+@pytest.mark.parametrize("skip", ["some", "others", "all"])
 @pytest.mark.parametrize("context", ["running", "prompt"])
 def test_merge_is_exact_saved_and_reloaded(name, on_request, skip, context, tmp_path, record_property):
     family = ARCHITECTURES[name]
@@ -564,6 +564,13 @@ def house(monkeypatch) -> Family:
     AutoConfig.register("eas_test_house", HouseConfig, exist_ok=True)
     AutoModel.register(HouseConfig, House, exist_ok=True)
     return Family(HouseConfig, "House", num_candidates=6, kind="encoder")
+
+
+def test_two_attentions_in_front_of_a_mixture_of_experts_are_refused(monkeypatch):
+    row = TABLE["MixtralDecoderLayer"]
+    monkeypatch.setitem(TABLE, "MixtralDecoderLayer", (row, replace(row, mha_projections=("self_attn.q_proj",))))
+    with pytest.raises(ValueError, match=r"rows of MixtralDecoderLayer .*several MHAs.*'mlp'.*Leave one"):
+        get_peft_model(ARCHITECTURES["mixtral"].build(), EASConfig(num_skip=1))
 
 
 @pytest.mark.parametrize("context", ["running", "prompt"])

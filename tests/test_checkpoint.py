@@ -362,7 +362,8 @@ def test_a_record_of_another_format(copied):
     config = json.loads((folder / "config.json").read_text())
     config["eas"]["format"] = FORMAT + 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"has format 3, but this code reads format 2.*pip install --upgrade"):
+    message = rf"has format {FORMAT + 1}, but this code reads format {FORMAT}.*pip install --upgrade"
+    with pytest.raises(ValueError, match=message):
         auto.from_pretrained(folder)
 
 
