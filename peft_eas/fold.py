@@ -82,7 +82,9 @@ def _exact(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> T:
-        kinds = {"cpu"} if (device := torch.accelerator.current_accelerator()) is None else {"cpu", device.type}
+        kinds = {"cpu"} | (
+            {torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else set()
+        )
         with ExitStack() as stack:
             for context in (torch.no_grad(), *(torch.autocast(kind, enabled=False) for kind in kinds)):
                 stack.enter_context(context)
