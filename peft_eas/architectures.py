@@ -204,9 +204,6 @@ _VIT = Architecture(
     kind="vision",
 )
 _DINOV2 = replace(_VIT, input_norm="norm1", output_norm="layer_scale1", branch=None)
-# What tells two towers with blocks of one class; the type of their configs is another in a merged model.
-_OF_IMAGES = {"self_attn.config.vocab_size": None}
-_OF_TEXT = {"self_attn.config.patch_size": None}
 _SIGLIP = Architecture(
     mha="self_attn",
     mha_projections=_LLAMA.mha_projections,
@@ -216,6 +213,12 @@ _SIGLIP = Architecture(
     branch=("layer_norm2", "mlp"),
     kind="vision",
     attends=_OWN_TOKENS,
+)
+
+# Of a vision and a text tower with blocks of one class; the type of their configs is another in a merged model.
+_TWO_TOWERS = (
+    replace(_SIGLIP, where={"self_attn.config.vocab_size": None}),
+    replace(_SIGLIP, kind="encoder", where={"self_attn.config.patch_size": None}),
 )
 
 # The images of a batch in one row, or in Qwen2.5-VL's windowed blocks their windows: each with a context of its own.
@@ -344,14 +347,8 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
         )
         for ffn in (("mlp.fc1",), ("mlp.weights_in",))
     ),
-    "CLIPEncoderLayer": (
-        replace(_SIGLIP, where=_OF_IMAGES),
-        replace(_SIGLIP, kind="encoder", where=_OF_TEXT),
-    ),
-    "SiglipEncoderLayer": (
-        replace(_SIGLIP, where=_OF_IMAGES),
-        replace(_SIGLIP, kind="encoder", where=_OF_TEXT),
-    ),
+    "CLIPEncoderLayer": _TWO_TOWERS,
+    "SiglipEncoderLayer": _TWO_TOWERS,
     "Idefics3EncoderLayer": _SIGLIP,
     "SmolVLMEncoderLayer": _SIGLIP,
     "InternVLVisionLayer": replace(_VIT, branch=None),

@@ -32,7 +32,7 @@ from .fold import (
 from .forward import Attended, Call, replace_hidden_states
 from .prompt import PROMPT_KEY
 from .quantised import is_floating, is_quantised
-from .skipped import advance_cache, skipped_output, skipped_return
+from .skipped import advance_cache, skipped_return
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
@@ -237,9 +237,13 @@ class AdaptedLayer(EASLayer):
         if self.candidate.layer_idx is not None and self._takes_prompt(name):
             write_context(call.cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)
 
+    def used_adapters(self, adapter_names: list[str]) -> list[RoutedAdapter]:
+        """Those of the adapters `adapter_names` that the MHA, as it is skipped or kept now, has a use for."""
+        return [adapter for name in adapter_names if (adapter := self.used_adapter(name)) is not None]
+
     def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
         """What the adapters `adapter_names` are together with their running contexts, or None without a use here."""
-        adapters = [adapter for name in adapter_names if (adapter := self.used_adapter(name)) is not None]
+        adapters = self.used_adapters(adapter_names)
         return added([low_rank_map(adapter, adapter.running_context) for adapter in adapters])
 
     def check_fold(self, adapter_names: list[str], finite: bool) -> None:
@@ -263,8 +267,7 @@ class AdaptedLayer(EASLayer):
 
     def folds_into_quantised(self, adapter_names: list[str]) -> bool:
         """Whether folding the adapters `adapter_names` quantises a projection anew."""
-        is_used = any(self.used_adapter(name) is not None for name in adapter_names)
-        return is_used and any(map(is_quantised, self.projections.values()))
+        return bool(self.used_adapters(adapter_names)) and any(map(is_quantised, self.projections.values()))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Folds the adapters `adapter_names`, by default the one in force, unless something is folded already."""
@@ -321,22 +324,20 @@ class MHALayer(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""
-        call = Call(args, kwargs, self.candidate.current, self.attended)
-        kwargs.pop(PROMPT_KEY, None)
         adapter, row = self._adapter_to_apply(), self.candidate.architecture
-        if self.adapter_in_force is None:
+        if adapter is None and not self.is_skipped:
+            kwargs.pop(PROMPT_KEY, None)
             return self.base_layer(*args, **kwargs)
+        # What is attended to tells the context, which is known already where it is frozen.
+        attended = self.attended if self._takes_prompt(self.adapter_in_force) else None
+        call = Call(args, kwargs, self.candidate.current, attended)
+        kwargs.pop(PROMPT_KEY, None)
         z = args[0] if args else kwargs["hidden_states"]
         if self.is_skipped:
             self.candidate.call.put(call)
             advance_cache(call.cache, self.candidate.layer_idx, z)
-            if row.kept_norm is None:
-                update = skipped_output(z)
-            else:
-                update = at_path(self.base_layer, row.kept_norm.removeprefix(f"{row.mha}."))(z)
-            return skipped_return(update, row.returns, kwargs)
-        if adapter is None:
-            return self.base_layer(*args, **kwargs)
+            norm = row.kept_norm and at_path(self.base_layer, row.kept_norm.removeprefix(f"{row.mha}."))
+            return skipped_return(z, norm, row.returns, kwargs)
         seen = cached_length(call.cache, self.candidate.layer_idx) if self.needs_prompt else 0
         sequences = call.as_sequences(z)
         context = self._context(adapter, sequences, call, seen)

@@ -218,12 +218,11 @@ def record_of_fold(
     shifts = {}
     for layer in layers:
         _record_skipped(record, model, layer, adapter_names[0])
-        update = layer.low_rank_map(adapter_names)
-        if update is None:
+        if not layer.used_adapters(adapter_names):
             continue
         if layer.has_experts:
             name = relative_name(model, join(layer.candidate.block, layer.candidate.architecture.ffn))
-            shifts[name] = shift_before(update)
+            shifts[name] = shift_before(layer.low_rank_map(adapter_names))
             record["shifts"][name] = len(shifts[name])
             continue
         for path, projection in layer.projections.items():

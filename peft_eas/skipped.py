@@ -76,8 +76,14 @@ def find_cache(args: Iterable[Any], kwargs: dict[str, Any]) -> Cache | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
-def skipped_return(update: Any, returns: Iterable[str | None] | None, kwargs: dict[str, Any]) -> Any:
-    """What a skipped MHA returns that adds `update`: alone, or in front of what `returns` names of its arguments."""
+def skipped_return(
+    hidden_states: torch.Tensor, norm: nn.Module | None, returns: Iterable[str | None] | None, kwargs: dict[str, Any]
+) -> Any:
+    """What a skipped MHA returns: what it adds, alone or in front of what `returns` names of its arguments.
+
+    It adds nothing, but for a kept `norm` of `hidden_states`.
+    """
+    update = skipped_output(hidden_states) if norm is None else norm(hidden_states)
     return update if returns is None else (update, *(kwargs.get(name) for name in returns))
 
 
@@ -188,11 +194,8 @@ class SkippedMHA(nn.Module):
         """Returns what the block adds to its residual, and no attention weights; shapes as the deleted MHA's."""
         if self.layer_idx is not None:
             advance_cache(find_cache(args, kwargs), self.layer_idx, hidden_states)
-        if self.kept_norm is not None:
-            update = self.get_submodule(self.kept_norm)(hidden_states)
-        else:
-            update = skipped_output(hidden_states)
-        return skipped_return(update, self.returns, kwargs)
+        norm = None if self.kept_norm is None else self.get_submodule(self.kept_norm)
+        return skipped_return(hidden_states, norm, self.returns, kwargs)
 
 
 class Marker(nn.Module):

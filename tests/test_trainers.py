@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import training
 from conftest import build_model, difference, logits, mha_names
 from families import ARCHITECTURES
 from peft import get_peft_model
@@ -11,20 +12,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from peft_eas import EASCallback, EASConfig
 
-ARGUMENTS = {
-    "max_steps": 20,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "report_to": [],
-    "save_strategy": "no",
-    "use_cpu": True,
-    "seed": 0,
-    "eval_strategy": "steps",
-    "eval_steps": 5,
-    "disable_tqdm": True,
-}
+ARGUMENTS = {**training.ARGUMENTS, "eval_strategy": "steps", "eval_steps": 5, "disable_tqdm": True}
 OPTIONS = {"num_skip": 2, "r": 8, "attention_r": 4}
 
 

@@ -19,6 +19,17 @@ from peft_eas import EASCallback, EASConfig
 NAMES = mha_names("llama")
 # Twenty steps: warm-up to 4, rounds at 6, 8, 10, 12, the set fixed at 12, the context frozen at 16.
 SCHEDULE = {"search_steps": 12, "warmup_steps": 4, "interval": 2, "freeze_context_at": 16}
+ARGUMENTS = {
+    "max_steps": 20,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "seed": 0,
+}
 
 
 class Sentences(Dataset):
@@ -72,23 +83,12 @@ def make_trainer(folder: Path, callback: TrainerCallback, model=None, watcher: W
     }
     data.setdefault("train_dataset", Sentences())
     data.setdefault("eval_dataset", Sentences(size=20, seed=1))
-    defaults = {
-        "max_steps": 20,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "seed": 0,
-    }
     model = make_model() if model is None else model
     callbacks = [callback]
     if watcher is not None:
         watcher.watch(model)
         callbacks.append(watcher)
-    args = TrainingArguments(str(folder), **{**defaults, **options})
+    args = TrainingArguments(str(folder), **{**ARGUMENTS, **options})
     return Trainer(model, args, callbacks=callbacks, **data)
 
 
