@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from measure import markdown_table
 from variants import LABELS
 
 TASKS = ("prefill", "decode")
@@ -18,13 +19,6 @@ def ratios(seconds: dict[str, list[float]], name: str, against: str = "base") ->
     values = [other / own for other, own in zip(seconds[against], seconds[name])]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "low": low, "high": high}
-
-
-def table(rows: list[list[str]]) -> str:
-    """The rows as a markdown table, aligned, the first one as its head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def describe(point: dict[str, Any], title: str) -> str:
@@ -44,7 +38,7 @@ def describe(point: dict[str, Any], title: str) -> str:
         else:
             row += ["not measured"] * 2
         rows.append(row)
-    parts.append(table(rows))
+    parts.append(markdown_table(rows))
     for setting in point["settings"]:
         parts.append(f"{setting['mode']}, batch {setting['batch']}, prompt of {setting['tokens']} tokens:")
         rows = [["model", "prefill, ms", "tokens/s", "× base", "decode, ms/token", "tokens/s", "× base", "peak, MiB"]]
@@ -57,7 +51,7 @@ def describe(point: dict[str, Any], title: str) -> str:
             extra = setting.get("run_bytes", {}).get(name)
             row.append("—" if extra is None else f"{(models[name]['weights_bytes'] + extra) / 2**20:,.1f}")
             rows.append(row)
-        parts.append(table(rows))
+        parts.append(markdown_table(rows))
         parts += [f"{LABELS[name]}: failed, {message}" for name, message in setting["failed"].items()]
         for label, (name, against) in PAIRS.items():
             if name in setting["speed_up"]["prefill"] and against in setting["speed_up"]["prefill"]:

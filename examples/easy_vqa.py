@@ -18,10 +18,10 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import cache_bytes_per_token, markdown_table, num_parameters, speed_up, time_models
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -197,90 +197,9 @@ def tune(
     return model.eval(), seconds
 
 
-# --- what was gained -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def prefill(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> object:
-    """One pass over a batch of prompts; returns the output with its filled KV cache."""
-    return model(**batch, use_cache=True, logits_to_keep=1)
-
-
-@torch.no_grad()
-def decode(model: torch.nn.Module, batch: dict[str, torch.Tensor], num_tokens: int) -> float:
-    """Seconds for `num_tokens` decoding steps behind the prompts of `batch`, without their prefill."""
-    output, mask = prefill(model, batch), batch["attention_mask"]
-    synchronize(batch)
-    start = time.perf_counter()
-    for _ in range(num_tokens):
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        output = model(
-            input_ids=output.logits[:, -1:].argmax(-1),
-            attention_mask=mask,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
-    synchronize(batch)
-    return time.perf_counter() - start
-
-
-def synchronize(batch: dict[str, torch.Tensor]) -> None:
-    if batch["input_ids"].is_cuda:
-        torch.cuda.synchronize()
-
-
-def time_models(
-    models: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], rounds: int, num_tokens: int = 16
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of prefill and of decoding per round, the models taking turns so that a slow moment hits them all."""
-
-    def time_prefill(model: torch.nn.Module) -> float:
-        synchronize(batch)
-        start = time.perf_counter()
-        prefill(model, batch)
-        synchronize(batch)
-        return time.perf_counter() - start
-
-    tasks: dict[str, Callable[[torch.nn.Module], float]] = {
-        "prefill": time_prefill,
-        "decode": lambda model: decode(model, batch, num_tokens),
-    }
-    seconds: dict[str, dict[str, list[float]]] = {task: {name: [] for name in models} for task in tasks}
-    for task, run in tasks.items():
-        for round_number in range(rounds + 1):
-            for name, model in models.items():
-                elapsed = run(model)
-                if round_number > 0:  # the first warms up
-                    seconds[task][name].append(elapsed)
-    return seconds
-
-
-def speed_up(seconds: dict[str, list[float]], name: str) -> float:
-    """Median over the rounds of how many times faster than the base a model is."""
-    return statistics.median(base / own for base, own in zip(seconds["base"], seconds[name], strict=True))
-
-
-def cache_bytes_per_token(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """Bytes of keys and values that one token of one sequence leaves in the KV cache."""
-    layers = prefill(model, batch).past_key_values.layers
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / batch["input_ids"].numel()
-
-
-def num_parameters(model: torch.nn.Module, trainable: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
-
-
 def size_on_disk(folder: Path) -> int:
     """Bytes of the weights in `folder`."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """The rows as an aligned markdown table, the first one as its head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def main() -> None:
