@@ -1,0 +1,102 @@
+"""How much each attention changes what passes it: a choice of what to skip that needs no search."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .architectures import join
+from .candidate import Candidate
+from .layer import MHALayer
+from .search import eas_of
+
+
+@torch.no_grad()
+def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Cosine similarity of the residual stream in front of and behind each candidate MHA.
+
+    Source: He et al., "What Matters in Transformers? Not All Attention is Needed" (arXiv 2406.15786), section 3: the
+    higher, the less the attention changes, so that the most similar are dropped first. The similarity is taken token
+    by token, with norms as the block has them: behind the sum, it is of the norm's output (post-norm blocks).
+
+        names = sorted(similarities, key=similarities.get, reverse=True)[:k]
+        model.base_model.fix_skipped_modules(names)
+
+    Args:
+        model: what `get_peft_model(model, EASConfig(...))` returned, with nothing skipped. It is called in evaluation
+            mode, which is switched back.
+        batches: keyword arguments of the model. Tokens that an `attention_mask` of shape (B, T) hides do not count
+            where the states are of that shape as well.
+
+    Returns:
+        by full name of the candidate, the mean over the tokens of all batches, in [-1, 1], in the model's order.
+
+    Raises:
+        TypeError: for a model without EAS adapters.
+        ValueError: if an MHA is skipped, which changes nothing; for no batches; for an MHA that no batch reached.
+    """
+    eas = eas_of(model, "attention_similarities", "it")
+    if eas.skipped_modules:
+        raise ValueError(
+            f"attention_similarities compares what all attentions do, but {len(eas.skipped_modules)} are skipped, "
+            f"such as {eas.skipped_modules[0]}. Call set_skipped_modules([]) first."
+        )
+    candidates = {layer.candidate.name: layer.candidate for layer in eas.modules() if isinstance(layer, MHALayer)}
+    meters = {name: _Meter(eas.model, candidates[name]) for name in eas.candidates}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            for meter in meters.values():
+                meter.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            model(**batch)
+    finally:
+        for meter in meters.values():
+            meter.remove()
+        for module, mode in modes:
+            module.training = mode
+    unreached = [name for name, meter in meters.items() if meter.count == 0]
+    if unreached:
+        raise ValueError(
+            f"{len(unreached)} of {len(meters)} attentions were not called, such as {unreached[0]}. Pass at least one "
+            "batch, with all the inputs that the model attends to."
+        )
+    return {name: float(meter.total / meter.count) for name, meter in meters.items()}
+
+
+class _Meter:
+    """Hooks around one MHA that add up the similarities of its tokens."""
+
+    def __init__(self, model: nn.Module, candidate: Candidate) -> None:
+        row = candidate.architecture
+        self.is_post_norm = row.kept_norm is not None
+        self.mask: torch.Tensor | None = None
+        self.before: torch.Tensor | None = None
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.count = 0
+
+        first, last = row.input_norm or row.mha, row.output_norm or row.mha
+        self.handles = [
+            model.get_submodule(join(candidate.block, first)).register_forward_pre_hook(self._note, with_kwargs=True),
+            model.get_submodule(join(candidate.block, last)).register_forward_hook(self._compare),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.before = args[0] if args else kwargs["hidden_states"]
+
+    def _compare(self, module: nn.Module, args: tuple, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        before = self.before.double()
+        behind = output.double() if self.is_post_norm else before + output.double()
+        similarities = F.cosine_similarity(before, behind, dim=-1)
+        if self.mask is not None and self.mask.shape == similarities.shape:
+            similarities = similarities[self.mask.bool()]
+        self.total = self.total.to(similarities.device) + similarities.sum()
+        self.count += similarities.numel()
