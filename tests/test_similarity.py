@@ -35,7 +35,7 @@ def test_an_attention_that_adds_nothing_changes_nothing(family: str) -> None:
     if dense.bias is not None:
         dense.bias.data.zero_()
     if family == "bert":  # a norm of what is normed already changes nothing either
-        for norm in (attention.output.LayerNorm, model.get_base_model().embeddings.LayerNorm):
+        for norm in (attention.output.LayerNorm, model.get_base_model().bert.embeddings.LayerNorm):
             norm.reset_parameters()
     inputs = make_inputs(family, "cpu")
     similarities = attention_similarities(model, [inputs, inputs])
