@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ def tune(
     output_dir: Path,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
     **overrides: Any,
 ) -> Trainer:
     """Trains `model` in place on the task with AdamW and a cosine schedule; returns its Trainer, with the log.
 
     Args:
         output_dir: where Trainer may write. seed: of the order of the data and of dropout.
+        progress: whether to show Trainer's progress bar and log.
         overrides: further `TrainingArguments`, or others in the place of the task's.
     """
     set_seed(seed)
@@ -70,6 +72,7 @@ def tune(
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": not progress,
         "seed": seed,
     }
     trainer = Trainer(
@@ -79,5 +82,7 @@ def tune(
         data_collator=task.collate,
         callbacks=list(callbacks),
     )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)  # which takes the bar's place
     trainer.train()
     return trainer

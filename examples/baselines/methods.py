@@ -1,0 +1,113 @@
+"""The methods that compare.py compares: what each puts into a base model, and what it chooses to skip.
+
+A method is a function of the base model, which it changes, the task, the number of MHAs to skip, and the seed. It
+returns the model to tune and the callbacks to tune it with. Data, steps and learning rate are the same for all.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+
+from baselines.das import LayerSkipping
+from peft import LoraConfig, get_peft_model
+from task import Task
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback
+
+from peft_eas import EASCallback, EASConfig, attention_similarities
+
+CALIBRATION_BATCHES = 8
+
+
+@dataclass
+class Prepared:
+    """A model to tune, and the callbacks to tune it with.
+
+    `choice_seconds` is how long it took to choose what to skip, before the tuning.
+    """
+
+    model: nn.Module
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    choice_seconds: float = 0.0
+
+
+Method = Callable[[PreTrainedModel, Task, int, int], Prepared]
+
+
+def nothing_skipped(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """Adapters at all MHAs, of which none is skipped."""
+    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [EASCallback()])
+
+
+def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """PEFT's LoRA, on the projections that the task names."""
+    config = LoraConfig(
+        r=task.eas["attention_r"],
+        lora_alpha=2 * task.eas["attention_r"],
+        target_modules=task.lora_targets,
+        modules_to_save=task.eas.get("modules_to_save"),
+        task_type=task.eas.get("task_type"),
+    )
+    return Prepared(get_peft_model(base, config))
+
+
+def das(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """Whole layers are skipped: as many as hold `num_skip` MHAs."""
+    batch = task.collate([task.train[0]])
+    model = LayerSkipping(base, batch, num_skip, **task.eas)
+    mhas_per_layer = len(model.eas.candidates) // len(model.candidates)
+    model.active_config.num_skip = num_skip // mhas_per_layer
+    return Prepared(model, [_search(task)])
+
+
+def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """EAS: the search chooses, and PIAs stand for what is skipped."""
+    return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [_search(task)])
+
+
+def no_context(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """EAS with adapters that are told nothing of the prompt."""
+    config = EASConfig(num_skip=num_skip, context="none", **task.eas)
+    return Prepared(get_peft_model(base, config), [_search(task)])
+
+
+def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """PIAs stand for MHAs drawn at random."""
+    model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
+    model.base_model.fix_skipped_modules(random.Random(seed).sample(model.base_model.candidates, num_skip))
+    return Prepared(model, [EASCallback()])
+
+
+def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """PIAs stand for the MHAs that change least what passes them, by cosine similarity (LLM-Drop)."""
+    model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
+    start = time.perf_counter()
+    loader = DataLoader(task.reward, batch_size=task.batch_size, collate_fn=task.collate)
+    similarities = attention_similarities(model, islice(loader, CALIBRATION_BATCHES))
+    most_similar = sorted(similarities, key=similarities.get, reverse=True)[:num_skip]
+    model.base_model.fix_skipped_modules(most_similar)
+    return Prepared(model, [EASCallback()], time.perf_counter() - start)
+
+
+def _search(task: Task) -> EASCallback:
+    # A short run needs its rewards sooner.
+    return EASCallback(reward_dataset=task.reward, interval=max(1, min(10, task.steps // 50)))
+
+
+# By name: the method, what tables call it, and whether it skips anything.
+METHODS: dict[str, Method] = {
+    function.__name__: function for function in (nothing_skipped, lora, das, cosine, random_choice, no_context, eas)
+}
+LABELS = {
+    "nothing_skipped": "adapters, nothing skipped",
+    "lora": "LoRA",
+    "das": "DAS, whole layers",
+    "cosine": "cosine similarity + PIA",
+    "random_choice": "random + PIA",
+    "no_context": "EAS, PIA without context",
+    "eas": "EAS",
+}
+SKIPS_NOTHING = ("nothing_skipped", "lora")

@@ -1,0 +1,165 @@
+"""What compare.py writes: the table, and the figure of accuracy against speed."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from baselines.methods import LABELS, SKIPS_NOTHING
+from measure import markdown_table
+
+Record = dict[str, Any]
+STYLES = {  # from the palette of Okabe and Ito, which is told apart with any colour vision
+    "nothing_skipped": {"color": "black", "marker": "D"},
+    "lora": {"color": "#808080", "marker": "s"},
+    "das": {"color": "#E69F00", "marker": "^"},
+    "cosine": {"color": "#CC79A7", "marker": "v"},
+    "random_choice": {"color": "#56B4E9", "marker": "<"},
+    "no_context": {"color": "#009E73", "marker": "P"},
+    "eas": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
+}
+
+
+def write_report(records: Sequence[Record], folder: Path) -> None:
+    """Writes table.md and, where there is a run that skips something, accuracy_against_speed.png into `folder`."""
+    parts = [_task_table(records, name) for name in _names(records, "task")]
+    parts = [*_average_table(records), *parts, *_circumstances(records)]
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
+    if any(record["share"] > 0 for record in records):
+        draw(records, folder / "accuracy_against_speed.png")
+
+
+def _names(records: Sequence[Record], what: str) -> list[Any]:
+    return list(dict.fromkeys(record[what] for record in records))
+
+
+def headline(record: Record) -> float:
+    """The task's first figure."""
+    return next(iter(record["scores"].values()))
+
+
+def _points(records: Sequence[Record], task: str) -> list[tuple[str, float, list[Record]]]:
+    """(method, share, runs of all seeds), in the order of the methods and shares."""
+    own = [record for record in records if record["task"] == task]
+    found = {(record["method"], record["share"]) for record in own}
+    return [
+        (method, share, [record for record in own if (record["method"], record["share"]) == (method, share)])
+        for method in LABELS
+        for share in sorted(share for name, share in found if name == method)
+    ]
+
+
+def _mean(values: Sequence[float], form: str = ".2f", factor: float = 1.0) -> str:
+    """Mean, and behind ± the standard deviation where there are several values."""
+    values = [factor * value for value in values]
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def _median(runs: Sequence[Record], what: str, form: str = ".2f", end: str = "×") -> str:
+    values = [run["speed_up"][what] for run in runs if what in run["speed_up"]]
+    return f"{statistics.median(values):{form}}{end}" if values else "—"
+
+
+def _task_table(records: Sequence[Record], task: str) -> str:
+    own = [record for record in records if record["task"] == task]
+    names = list(own[0]["scores"])
+    head = ["method", "skipped", *(f"{name}, %" for name in names), "runs", "trained parameters"]
+    rows = [[*head, "search, s", "tuning, s", "forward", "decode", "KV cache, bytes/token"]]
+    for method, share, runs in _points(records, task):
+        cache = [run["cache_bytes_per_token"]["deployed"] for run in runs if "cache_bytes_per_token" in run]
+        rows.append(
+            [
+                LABELS[method],
+                "—" if method in SKIPS_NOTHING else f"{share:.0%}",
+                *(_mean([run["scores"][name] for run in runs], factor=100) for name in names),
+                str(len(runs)),
+                f"{statistics.mean(run['trainable_parameters'] for run in runs):,.0f}",
+                _mean([run["choice_seconds"] for run in runs], ".1f"),
+                _mean([run["tuning_seconds"] for run in runs], ".0f"),
+                _median(runs, "prefill"),
+                _median(runs, "decode"),
+                f"{statistics.mean(cache):,.0f}" if cache else "—",
+            ]
+        )
+    return f"## {task}: {own[0]['num_mhas']} MHAs, {own[0]['steps']} steps\n\n{markdown_table(rows)}"
+
+
+def _average_table(records: Sequence[Record]) -> list[str]:
+    """The headline figures side by side, and their mean over the tasks."""
+    tasks = _names(records, "task")
+    rows = [["method", "skipped", *tasks, "mean", "against nothing skipped, points"]]
+    full = {}
+    for task in tasks:
+        runs = [record for record in records if (record["task"], record["method"]) == (task, "nothing_skipped")]
+        full[task] = statistics.mean(map(headline, runs)) if runs else None
+    keys = dict.fromkeys((method, share) for task in tasks for method, share, _ in _points(records, task))
+    for method, share in sorted(keys, key=lambda key: (list(LABELS).index(key[0]), key[1])):
+        by_task = {
+            task: [
+                headline(run) for run in records if (run["task"], run["method"], run["share"]) == (task, method, share)
+            ]
+            for task in tasks
+        }
+        row = [LABELS[method], "—" if method in SKIPS_NOTHING else f"{share:.0%}"]
+        row += [_mean(values, factor=100) if values else "—" for values in by_task.values()]
+        if all(by_task.values()):
+            mean = statistics.mean(statistics.mean(values) for values in by_task.values())
+            row.append(f"{100 * mean:.2f}")
+            against = None not in full.values() and mean - statistics.mean(full.values())
+            row.append(f"{100 * against:+.2f}" if against is not False else "—")
+        else:
+            row += ["—", "—"]
+        rows.append(row)
+    return ["## Accuracy of the deployed model, %", markdown_table(rows)] if records else ["No run is finished yet."]
+
+
+def _circumstances(records: Sequence[Record]) -> list[str]:
+    if not records:
+        return []
+    versions = "; ".join(
+        f"{name} {', '.join(sorted({r['versions'][name] for r in records}))}" for name in records[0]["versions"]
+    )
+    dates = sorted(_names(records, "date"))
+    return [
+        "Mean ± standard deviation over the seeds; recall@1 is the first figure of retrieval. Forward and decode are "
+        "the speed-up of the deployed model over the base, medians over the seeds of the median of paired rounds. "
+        "Search is the time until it was fixed what is skipped; the adapters are trained meanwhile, but for the "
+        "choice by cosine similarity.",
+        f"{len(records)} runs, {dates[0]} to {dates[-1]}, on {', '.join(_names(records, 'machine'))} with "
+        f"{', '.join(map(str, _names(records, 'threads')))} thread(s); {versions}.",
+    ]
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Draws accuracy against the speed-up of a forward pass, a panel per task and a line per method."""
+    from matplotlib.figure import Figure
+
+    tasks = _names(records, "task")
+    figure = Figure(figsize=(1.2 + 3.1 * len(tasks), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks):
+        points = _points(records, task)
+        starts = [runs for method, _, runs in points if method == "nothing_skipped"]
+        for method in LABELS:
+            own = [runs for name, _, runs in points if name == method]
+            if not own:
+                continue
+            own = own if method in SKIPS_NOTHING else starts + own
+            x = [statistics.median(run["speed_up"]["prefill"] for run in runs) for runs in own]
+            y = [100 * statistics.mean(map(headline, runs)) for runs in own]
+            spread = [100 * statistics.stdev(map(headline, runs)) if len(runs) > 1 else 0.0 for runs in own]
+            style = {"markersize": 5, "linewidth": 1.2, "capsize": 2, "elinewidth": 0.7, **STYLES[method]}
+            axes.errorbar(x, y, yerr=spread, label=LABELS[method], **style)
+        axes.set_title(f"{task} ({points[0][2][0]['num_mhas']} attentions)", size=9)
+        axes.set_xlabel("forward pass: speed-up over the base", size=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=8)
+    first = next(iter(records[0]["scores"]))
+    panels[0].set_ylabel(f"{first} of the deployed model, %", size=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    shares = ", ".join(f"{share:.0%}" for share in sorted({r["share"] for r in records} - {0.0}))
+    figure.suptitle(f"Accuracy against speed; along a line {shares} of the attentions are skipped", size=10)
+    figure.savefig(path, dpi=160)
