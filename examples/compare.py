@@ -85,7 +85,7 @@ class SearchTime(TrainerCallback):
             self.is_searching = self.config.skipped_modules is None
 
 
-def run(task: Task, method: str, share: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(task: Task, method: str, share: float, seed: int, steps: int, rounds: int) -> dict[str, Any]:
     """Tunes, deploys, scores and times one point of the grid; returns its record."""
     start = time.perf_counter()
     base = task.load_base().eval()
@@ -113,13 +113,13 @@ def run(task: Task, method: str, share: float, seed: int, arguments: argparse.Na
     scores = task.score(deployed)
     batch = task.deployed_batch()
     models = {"base": base, "deployed": deployed}
-    seconds = time_models(models, batch, arguments.rounds)
+    seconds = time_models(models, batch, rounds)
     record = {
         "task": task.name,
         "method": method,
         "share": share,
         "seed": seed,
-        "steps": arguments.steps or task.steps,
+        "steps": steps,
         "scores": scores,
         "num_mhas": num_mhas,
         "skipped_modules": skipped,
@@ -203,12 +203,12 @@ def main() -> None:
 
     if not arguments.report:
         with tqdm(points, desc="runs", unit="run") as bar:
-            for number, point in enumerate(bar):
+            for point in bar:
                 if point in map(key_of, finished()):
                     continue
-                name, method, share, seed, _ = point
+                name, method, share, seed, steps = point
                 bar.set_postfix_str(f"{name}, {method}, {share:.0%}, seed {seed}")
-                record = run(tasks[name], method, share, seed, arguments)
+                record = run(tasks[name], method, share, seed, steps, arguments.rounds)
                 append_run(path, record)
                 write_report(finished(), arguments.output_dir)
                 headline = next(iter(record["scores"].values()))

@@ -93,23 +93,20 @@ def _average_table(records: Sequence[Record]) -> list[str]:
     for task in tasks:
         runs = [record for record in records if (record["task"], record["method"]) == (task, "nothing_skipped")]
         full[task] = statistics.mean(map(headline, runs)) if runs else None
-    keys = dict.fromkeys((method, share) for task in tasks for method, share, _ in _points(records, task))
-    for method, share in sorted(keys, key=lambda key: (list(LABELS).index(key[0]), key[1])):
-        by_task = {
-            task: [
-                headline(run) for run in records if (run["task"], run["method"], run["share"]) == (task, method, share)
-            ]
-            for task in tasks
-        }
+    by_key: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for task in tasks:
+        for method, share, runs in _points(records, task):
+            by_key.setdefault((method, share), {})[task] = list(map(headline, runs))
+    for (method, share), values in sorted(
+        by_key.items(), key=lambda item: (list(LABELS).index(item[0][0]), item[0][1])
+    ):
         row = [LABELS[method], "—" if method in SKIPS_NOTHING else f"{share:.0%}"]
-        row += [_mean(values, factor=100) if values else "—" for values in by_task.values()]
-        if all(by_task.values()):
-            mean = statistics.mean(statistics.mean(values) for values in by_task.values())
-            row.append(f"{100 * mean:.2f}")
-            against = None not in full.values() and mean - statistics.mean(full.values())
-            row.append(f"{100 * against:+.2f}" if against is not False else "—")
-        else:
-            row += ["—", "—"]
+        row += [_mean(values[task], factor=100) if task in values else "—" for task in tasks]
+        means = [statistics.mean(values[task]) for task in tasks if task in values]
+        is_whole = len(means) == len(tasks)
+        row.append(f"{100 * statistics.mean(means):.2f}" if is_whole else "—")
+        compared = is_whole and None not in full.values()
+        row.append(f"{100 * (statistics.mean(means) - statistics.mean(full.values())):+.2f}" if compared else "—")
         rows.append(row)
     return ["## Accuracy of the deployed model, %", markdown_table(rows)] if records else ["No run is finished yet."]
 
