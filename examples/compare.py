@@ -26,7 +26,7 @@ import peft
 import torch
 import transformers
 from baselines.methods import METHODS, SKIPS_NOTHING
-from compare_report import write_report
+from compare_report import headline, write_report
 from lavin.easy_vqa import lavin_easy_vqa
 from measure import cache_bytes_per_token, generates, num_parameters, speed_up, time_models
 from meter.tasks import meter_nlvr2, meter_retrieval, meter_vqa
@@ -104,7 +104,7 @@ def run(task: Task, method: str, share: float, seed: int, steps: int, rounds: in
             seed,
             callbacks,
             progress=False,
-            max_steps=arguments.steps or task.steps,
+            max_steps=steps,
         )
         tuning = time.perf_counter() - tuning
     trainable = num_parameters(prepared.model, trainable=True)
@@ -210,12 +210,11 @@ def main() -> None:
                 bar.set_postfix_str(f"{name}, {method}, {share:.0%}, seed {seed}")
                 record = run(tasks[name], method, share, seed, steps, arguments.rounds)
                 append_run(path, record)
-                write_report(finished(), arguments.output_dir)
-                headline = next(iter(record["scores"].values()))
-                left = remaining_time(
-                    [p for p in points[number + 1 :] if p not in map(key_of, finished())], finished()
-                )
-                bar.write(f"{name}, {method}, {share:.0%}, seed {seed}: {headline:.2%}; about {left} to go")
+                records = finished()
+                write_report(records, arguments.output_dir)
+                done = set(map(key_of, records))
+                left = remaining_time([point for point in points if point not in done], records)
+                bar.write(f"{name}, {method}, {share:.0%}, seed {seed}: {headline(record):.2%}; about {left} to go")
     write_report(finished(), arguments.output_dir)
     print((arguments.output_dir / "table.md").read_text())
 

@@ -97,9 +97,8 @@ def _average_table(records: Sequence[Record]) -> list[str]:
     for task in tasks:
         for method, share, runs in _points(records, task):
             by_key.setdefault((method, share), {})[task] = list(map(headline, runs))
-    for (method, share), values in sorted(
-        by_key.items(), key=lambda item: (list(LABELS).index(item[0][0]), item[0][1])
-    ):
+    for method, share in sorted(by_key, key=lambda key: (list(LABELS).index(key[0]), key[1])):
+        values = by_key[method, share]
         row = [LABELS[method], "—" if method in SKIPS_NOTHING else f"{share:.0%}"]
         row += [_mean(values[task], factor=100) if task in values else "—" for task in tasks]
         means = [statistics.mean(values[task]) for task in tasks if task in values]
