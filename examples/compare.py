@@ -97,15 +97,7 @@ def run(task: Task, method: str, share: float, seed: int, steps: int, rounds: in
     callbacks = [*prepared.callbacks, search_time]
     with tempfile.TemporaryDirectory() as folder:
         tuning = time.perf_counter()
-        tune(
-            prepared.model,
-            task,
-            Path(folder),
-            seed,
-            callbacks,
-            progress=False,
-            max_steps=steps,
-        )
+        tune(prepared.model, task, Path(folder), seed, callbacks, progress=False, max_steps=steps)
         tuning = time.perf_counter() - tuning
     trainable = num_parameters(prepared.model, trainable=True)
     skipped = getattr(getattr(prepared.model, "base_model", prepared.model), "skipped_modules", [])
