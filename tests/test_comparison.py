@@ -1,0 +1,270 @@
+"""The methods that are compared, and the grid of runs, on tiny models."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import LAYERS, VOCAB, build_model, difference, logits, make_inputs
+from transformers import PreTrainedModel
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from baselines.das import LayerSkipping, SkippedLayer  # noqa: E402
+from baselines.methods import LABELS, METHODS, SKIPS_NOTHING  # noqa: E402
+from compare_report import write_report  # noqa: E402
+from task import Task, tune  # noqa: E402
+
+NAMES = [f"model.layers.{i}" for i in range(LAYERS)]
+
+
+def tiny_task(family: str = "llama") -> Task:
+    """The last token of a sequence is its first one again."""
+
+    def samples(seed: int, count: int) -> list[torch.Tensor]:
+        tokens = torch.randint(1, VOCAB - 1, (count, 6), generator=torch.Generator().manual_seed(seed))
+        return list(torch.cat([tokens, tokens[:, :1]], 1))
+
+    def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        ids = torch.stack(rows)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 6, -100),
+        }
+
+    @torch.no_grad()
+    def score(model: torch.nn.Module) -> dict[str, float]:
+        batch = collate(test)
+        right = model(**batch).logits[:, -2].argmax(-1) == batch["labels"][:, -1]
+        return {"accuracy": right.float().mean().item()}
+
+    test = samples(2, 8)
+    return Task(
+        name="copy",
+        load_base=lambda: build_model(family),
+        train=samples(0, 64),
+        reward=samples(1, 16),
+        test=test,
+        collate=collate,
+        score=score,
+        eas={"task_type": "CAUSAL_LM", "r": 8, "attention_r": 4},
+        lora_targets=r".*\.[qkvo]_proj",
+        steps=12,
+        batch_size=4,
+        learning_rate=1e-2,
+        deployed_batch=lambda: {key: value[:, :-1] for key, value in collate(test).items() if key != "labels"},
+    )
+
+
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_tunes_and_is_deployed_as_it_was_tuned(method: str, tmp_path: Path) -> None:
+    task = tiny_task()
+    torch.manual_seed(0)
+    prepared = METHODS[method](task.load_base(), task, 2, 0)
+    before = task.load_base().state_dict()
+    trainer = tune(prepared.model, task, tmp_path, callbacks=prepared.callbacks, progress=False)
+    assert trainer.state.global_step == task.steps
+    model, inputs = prepared.model.eval(), make_inputs("llama", "cpu")
+    expected = logits(model, inputs)
+    names = getattr(getattr(model, "base_model", model), "skipped_modules", [])
+    assert len(names) == (0 if method in SKIPS_NOTHING else 2)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert not any(name.endswith(tuple(before)) for name in trained)
+    deployed = model.merge_and_unload()
+    assert isinstance(deployed, PreTrainedModel)
+    assert difference(logits(deployed, inputs), expected) < 1e-4
+
+
+def test_the_tables_name_every_method() -> None:
+    assert list(LABELS) == list(METHODS)
+
+
+def test_methods_choose_as_they_say() -> None:
+    task = tiny_task()
+    skipped = {
+        seed: METHODS["random_choice"](task.load_base(), task, 2, seed).model.base_model.skipped_modules
+        for seed in range(8)
+    }
+    assert len({tuple(names) for names in skipped.values()}) > 1
+    base = task.load_base()
+    base.model.layers[2].self_attn.o_proj.weight.data.zero_()  # what adds nothing is dropped first
+    model = METHODS["cosine"](base, task, 1, 0).model
+    assert model.base_model.skipped_modules == ["model.layers.2.self_attn"]
+    model = METHODS["no_context"](task.load_base(), task, 2, 0).model
+    assert not any("context_down" in name or "router" in name for name, _ in model.named_parameters())
+    assert METHODS["nothing_skipped"](task.load_base(), task, 2, 0).model.base_model.skipped_modules == []
+
+
+# --- DAS -----------------------------------------------------------------------------------------------------------
+
+
+def layer_skipping(num_skip: int = 2, **arguments: object) -> LayerSkipping:
+    torch.manual_seed(0)
+    batch = make_inputs("llama", "cpu")
+    return LayerSkipping(build_model("llama"), batch, num_skip, r=8, attention_r=4, **arguments)
+
+
+def fix(model: LayerSkipping, names: list[str]) -> LayerSkipping:
+    """Skips `names` for good, by adapters that are not the identity."""
+    model.fix_skipped_modules(names)
+    for stand_in in model.stand_ins.values():
+        stand_in.adapter.reset_parameters(init_weights=False)
+    return model.eval()
+
+
+def test_das_starts_as_the_base_and_drops_layers() -> None:
+    model, base, inputs = layer_skipping().eval(), build_model("llama").eval(), make_inputs("llama", "cpu")
+    assert model.candidates == NAMES
+    assert torch.equal(logits(model, inputs), logits(base, inputs))
+    model.set_skipped_modules([NAMES[0], NAMES[2]])
+    base.model.layers = torch.nn.ModuleList(base.model.layers[i] for i in (1, 3))
+    assert torch.equal(logits(model, inputs), logits(base, {**inputs, "use_cache": False}))
+
+
+def test_das_computes_nothing_of_a_skipped_layer() -> None:
+    model = fix(layer_skipping(), NAMES[:2])
+    called = []
+    for name, layer in model.layers.items():
+        for module in layer.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda *_, name=name: called.append(name))
+    logits(model, make_inputs("llama", "cpu"))
+    assert set(called) == set(NAMES[2:])
+    assert set(model.stand_ins) == {name.replace(".", "/") for name in NAMES[:2]}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any("layers.0." in name or "layers.1." in name for name in trained if "stand_ins" not in name)
+
+
+@pytest.mark.parametrize("skip", [[0], [1, 3], [0, 1, 2, 3]])
+def test_das_generates_with_a_cache_as_without(skip: list[int]) -> None:
+    deployed = fix(layer_skipping(), [NAMES[i] for i in skip]).merge_and_unload()
+    assert [isinstance(layer, SkippedLayer) for layer in deployed.model.layers] == [i in skip for i in range(LAYERS)]
+    inputs = make_inputs("llama", "cpu")
+    texts = [
+        deployed.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*texts)
+
+
+def test_das_is_searched_by_the_bandit(tmp_path: Path) -> None:
+    task = tiny_task()
+    prepared = METHODS["das"](task.load_base(), task, 2, 0)
+    seen: set[tuple[str, ...]] = set()
+    original = prepared.model.set_skipped_modules
+    prepared.model.set_skipped_modules = lambda names: (seen.add(tuple(sorted(names))), original(names))
+    tune(prepared.model, task, tmp_path, callbacks=prepared.callbacks, progress=False)
+    assert len(seen) > 1
+    record = json.loads((tmp_path / "eas_search.json").read_text())
+    assert record["skipped_modules"] == prepared.model.skipped_modules
+    assert record["bandit"]["candidates"] == NAMES
+
+
+# --- the grid ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    import compare
+
+    monkeypatch.setattr(compare, "TASKS", {"copy": tiny_task})
+    return compare
+
+
+def run_grid(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> list[dict]:
+    """The lines of runs.jsonl behind a run of compare.py, on the tiny task."""
+    fixed = ("--tasks", "copy", "--rounds", "1", "--threads", "1", "--output-dir", str(folder))
+    monkeypatch.setattr(sys, "argv", ["compare.py", *fixed, *options])
+    compare.main()
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def test_the_grid_is_run_once_and_reported(
+    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--methods", "nothing_skipped", "das", "eas", "--shares", "0.25", "0.5", "--seeds", "0", "1")
+    records = run_grid(compare, monkeypatch, tmp_path, *options)
+    points = [(r["method"], r["share"], r["seed"]) for r in records]
+    assert len(points) == len(set(points)) == 2 * (1 + 2 + 2)
+    for record in records:
+        assert record["task"] == "copy"
+        assert len(record["skipped_modules"]) == 4 * record["share"]
+        assert 0 <= record["scores"]["accuracy"] <= 1
+        assert record["cache_bytes_per_token"]["deployed"] == record["cache_bytes_per_token"]["base"] * (
+            1 - record["share"]
+        )
+        assert (record["choice_seconds"] > 0) == (record["method"] in ("das", "eas"))
+        assert set(record["speed_up"]) == {"prefill", "decode"}
+    printed, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    assert table in printed
+    assert "## copy: 4 MHAs, 12 steps" in table
+    assert table.count("| EAS ") == 2 * 2
+    assert (tmp_path / "accuracy_against_speed.png").stat().st_size > 0
+
+    monkeypatch.setattr(compare, "run", None)  # nothing is left to run
+    assert run_grid(compare, monkeypatch, tmp_path, *options) == records
+    assert run_grid(compare, monkeypatch, tmp_path, "--report") == records
+
+
+def test_an_interruption_loses_nothing(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = ("--methods", "lora", "random_choice", "--shares", "0.5", "--seeds", "0", "--steps", "2")
+    run, finished = compare.run, []
+
+    def interrupted(*arguments: object) -> dict:
+        if finished:
+            raise KeyboardInterrupt
+        finished.append(run(*arguments))
+        return finished[0]
+
+    monkeypatch.setattr(compare, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(compare, monkeypatch, tmp_path, *options)
+    path = tmp_path / "runs.jsonl"
+    assert [json.loads(line) for line in path.read_text().splitlines()] == finished
+    with path.open("a") as file:
+        file.write('{"task": "copy", "method": "random_ch')  # cut off while it was written
+    monkeypatch.setattr(compare, "run", run)
+    options = ("--tasks", "copy", "--threads", "1", "--rounds", "1", "--output-dir", str(tmp_path), *options)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *options])
+    compare.main()
+    assert [record["method"] for record in compare.read_runs(path)] == ["lora", "random_choice"]
+    assert compare.read_runs(path)[0] == finished[0]
+
+
+def test_the_table_says_how_far_from_nothing_skipped(tmp_path: Path) -> None:
+    def record(method: str, share: float, seed: int, accuracy: float, speed_up: float) -> dict:
+        return {
+            **{"task": "t", "method": method, "share": share, "seed": seed, "steps": 5, "num_mhas": 8},
+            **{"scores": {"accuracy": accuracy}, "trainable_parameters": 1000, "choice_seconds": 1.0},
+            **{"tuning_seconds": 4.0, "speed_up": {"prefill": speed_up}, "date": "2026-01-01", "machine": "m"},
+            **{"threads": 1, "versions": {"torch": "2"}},
+        }
+
+    records = [record("nothing_skipped", 0.0, seed, 0.90 + 0.02 * seed, 1.0) for seed in (0, 1)]
+    records += [record("eas", 0.5, seed, 0.88 + 0.04 * seed, 1.2 + 0.2 * seed) for seed in (0, 1)]
+    write_report(records, tmp_path)
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (tmp_path / "table.md").read_text().splitlines()
+        if line.startswith("| EAS")
+    ]
+    assert cells[0] == ["EAS", "50%", "90.00 ± 2.83", "90.00", "-1.00"]
+    assert cells[1][:5] == ["EAS", "50%", "90.00 ± 2.83", "2", "1,000"]
+    assert cells[1][7:9] == ["1.30×", "—"]
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5"])
+def test_a_share_out_of_range_is_refused(
+    share: str, compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        run_grid(compare, monkeypatch, tmp_path, "--shares", share)
+    assert "a share of the MHAs lies between 0 and 1" in capsys.readouterr().err
