@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from measure import markdown_table
+from measure import markdown_table, quartiles
 from variants import LABELS
 
 TASKS = ("prefill", "decode")
@@ -16,8 +16,7 @@ PAIRS = {
 
 def ratios(seconds: dict[str, list[float]], name: str, against: str = "base") -> dict[str, float]:
     """Median and quartiles over the rounds of how many times faster `name` is than `against`."""
-    values = [other / own for other, own in zip(seconds[against], seconds[name])]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, median, high = quartiles([other / own for other, own in zip(seconds[against], seconds[name])])
     return {"median": median, "low": low, "high": high}
 
 

@@ -80,6 +80,12 @@ def speed_up(seconds: dict[str, list[float]], name: str, against: str = "base") 
     return statistics.median(other / own for other, own in zip(seconds[against], seconds[name], strict=True))
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile; of a single value, that value."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return low, median, high
+
+
 def cache_bytes_per_token(model: nn.Module, batch: Batch) -> float:
     """Bytes of keys and values that one token of one sequence leaves in the KV cache."""
     layers = prefill(model, batch).past_key_values.layers

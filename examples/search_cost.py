@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import torch
+from measure import quartiles
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -119,9 +120,9 @@ def main() -> None:
     print(f"{'step':<24}{'median ms':>12}{'lowest ms':>12}")
     print(f"{'plain':<24}{1000 * statistics.median(plain):>12.1f}{1000 * min(plain):>12.1f}")
     print(f"{'search':<24}{1000 * statistics.median(search):>12.1f}{1000 * min(search):>12.1f}")
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, median, high = quartiles(ratios)
     print(
-        f"search / plain: {statistics.median(ratios):.3f} (median of {len(ratios)} pairs, quartiles {low:.3f} to "
+        f"search / plain: {median:.3f} (median of {len(ratios)} pairs, quartiles {low:.3f} to "
         f"{high:.3f}); of the lowest times {min(search) / min(plain):.3f}"
     )
 
