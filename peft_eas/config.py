@@ -95,7 +95,7 @@ class EASConfig(PeftConfig):
         default=2,
         metadata={
             "help": "Number of up-projections that an adapter's router mixes, by the context. 1: one up-projection "
-            "and no router, as the paper has it for METER."
+            "and no router, as the paper has it for METER; always so with context='none'."
         },
     )
     router_temperature: float = field(
@@ -104,11 +104,13 @@ class EASConfig(PeftConfig):
     dropout: float = field(
         default=0.1, metadata={"help": "Probability of dropping a unit of the bottleneck in training, in [0, 1)."}
     )
-    context: Literal["prompt", "running"] = field(
+    context: Literal["prompt", "running", "none"] = field(
         default="prompt",
         metadata={
             "help": "'prompt': the mean over each sequence's own prompt (the paper). 'running': the running mean of "
-            "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'."
+            "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'. 'none': "
+            "adapters that read nothing but each token itself, z + s U dropout(C z), with one path and no router; "
+            "always exact under a merge."
         },
     )
     init_weights: bool = field(
@@ -179,7 +181,10 @@ class EASConfig(PeftConfig):
             "a finite number above 0",
         )
         require("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
-        require("context", self.context in ("prompt", "running"), "'prompt' or 'running'")
+        require("context", self.context in ("prompt", "running", "none"), "'prompt', 'running' or 'none'")
+        if self.context == "none":  # without a context there is nothing to route by; 2 may be the default
+            require("paths", self.paths in (1, 2), "left out, or 1, with context='none', which has no router")
+            self.paths = 1
         require("init_weights", isinstance(self.init_weights, bool), "True or False")
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:

@@ -149,7 +149,8 @@ class AdaptedLayer(EASLayer):
         """Creates the adapter `adapter_name` for a model of width `width` if `config` can ever use it here."""
         if not self._has_use(config):
             return
-        self.adapters[adapter_name] = self.adapter_class(
+        adapter_class = InputAdapter if config.context == "none" else self.adapter_class
+        self.adapters[adapter_name] = adapter_class(
             width,
             config.r if self.stands_for_skipped else config.attention_r,
             groups=config.groups,

@@ -82,6 +82,16 @@ def rows(card):
     return {label: value for label, value in found if not label.startswith(("`", "---"))}
 
 
+def test_without_a_context(tmp_path):
+    model = make_eas("llama", "cpu", SKIPS["half"], "none")
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for kind in KINDS:
+        facts = rows(ModelCard.load(tmp_path / kind / "README.md"))
+        assert facts["Context"] == "none, the adapters read each token alone"
+        assert facts["Up-projections"] == "1, without a router"
+
+
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ OUT_OF_RANGE = {
     "a finite number": {"scale": [NAN, INF, -INF, "1", None, True, 1j, [1]]},
     "a finite number above 0": {"router_temperature": [0, -1.0, NAN, INF, "10", None, True]},
     "in [0, 1)": {"dropout": [-0.1, 1.0, 1.5, NAN, "0.1", None, False]},
-    "'prompt' or 'running'": {"context": ["Prompt", "static", None, 3, ["prompt"], b"prompt"]},
+    "'prompt', 'running' or 'none'": {"context": ["Prompt", "static", None, 3, ["prompt"], b"prompt"]},
     "an integer of at least 0, or None": {"num_skip": [-1, 1.5, "2", True, NAN, [2]]},
     "a dict from names of MHAs to finite numbers, or None": {
         "scores": [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}, {"a": None}, {"a": True}, "a"]
@@ -121,6 +121,13 @@ def test_numbers_of_numpy_are_taken_as_pythons_own(field, value, tmp_path):
     assert json.dumps(getattr(config, field)) == json.dumps(getattr(value, "item", lambda: {"a": 0.5})())
     config.save_pretrained(tmp_path)
     assert getattr(EASConfig.from_pretrained(tmp_path), field) == value
+
+
+def test_without_a_context_there_is_one_path():
+    assert EASConfig(context="none").paths == EASConfig(context="none", paths=1).paths == 1
+    message = r"EASConfig\(paths=3\): paths must be left out, or 1, with context='none'"
+    with pytest.raises(ValueError, match=message):
+        EASConfig(context="none", paths=3)
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 9), ("attention_r", 3)])

@@ -636,6 +636,58 @@ def test_a_kept_mha_without_a_router_takes_part_in_packed_and_chunked_generation
     assert torch.equal(plain, chunked)
 
 
+# --- no context ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+def test_without_a_context_nothing_asks_for_the_prompt(family, device, tmp_path):
+    inputs = make_inputs(family, device)
+    new = add_eas(build_model(family, device), family, [], "none", init_weights=True)
+    assert torch.equal(logits(new, inputs), logits(build_model(family, device), inputs))
+    model = make_eas(family, device, [0, 2], "none")
+    parts = ("context_down", "router", "running_context", "num_contexts", "up.1")
+    assert not [name for name in model.state_dict() if any(part in name for part in parts)]
+    expected = logits(model, inputs)
+    if family != "vit":
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        mask[:, 0] = True
+        assert torch.equal(logits(model, {**inputs, "eas_prompt_mask": mask}), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.freeze_context()
+        model.train()(**inputs)  # causal, and without labels
+    assert model.peft_config["default"].context == "none"
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build_model(family, device), tmp_path).eval()
+    assert torch.equal(logits(again, inputs), expected)
+
+
+def test_pia_without_its_context_by_hand(device):
+    """What the FFN of a skipped MHA reads is N(x) + s U (C N(x) + c) + s β."""
+    model = make_eas("llama", device, [0], "none", scale=0.5)
+    layer = model.base_model.model.model.layers[0]
+    seen = {}
+    layer.post_attention_layernorm.register_forward_hook(lambda module, args, output: seen.update(z=output))
+    layer.mlp.base_layer.register_forward_pre_hook(lambda module, args: seen.update(read=args[0]))
+    logits(model, make_inputs("llama", device))
+    pia = layer.mlp.eas_pia["default"]
+    update = pia.token_down(seen["z"]) @ pia.up[0].dense_weight().T + pia.up[0].bias
+    torch.testing.assert_close(seen["read"], seen["z"] + 0.5 * update)
+    assert update.abs().max() > 1e-2
+
+
+def test_generation_without_a_context(device):
+    """Left-padded, cached and in chunks alike."""
+    model = make_eas("llama", device, [0, 2], "none")
+    inputs = make_inputs("llama", device)
+    options = ({}, {"use_cache": False}, {"prefill_chunk_size": 4})
+    outputs = [model.generate(**inputs, max_new_tokens=4, do_sample=False, **one) for one in options]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    padded = {name: nn.functional.pad(value, (3, 0)) for name, value in inputs.items()}
+    assert torch.equal(model.generate(**padded, max_new_tokens=4, do_sample=False)[:, 3:], outputs[0])
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
