@@ -58,8 +58,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     def extra_repr(self) -> str:
-        skipped_by = sorted(self.candidate.skipped_by)
-        return f"MHA skipped by {skipped_by}" if skipped_by else "MHA kept"
+        candidate = self.candidate
+        if candidate.skipped_by:
+            return f"MHA skipped by {sorted(candidate.skipped_by)}"
+        return "MHA never skipped" if candidate.kept_by == set(candidate.configs) else "MHA kept"
 
     @property
     def adapter_in_force(self) -> str | None:
@@ -76,6 +78,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.candidate.configs.pop(adapter_name, None)
         self.candidate.skipped_by.discard(adapter_name)
+        self.candidate.kept_by.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -147,9 +150,10 @@ class AdaptedLayer(EASLayer):
 
     def add_adapter(self, adapter_name: str, config: EASConfig, width: int) -> None:
         """Creates the adapter `adapter_name` for a model of width `width` if `config` can ever use it here."""
-        if not self._has_use(config):
+        if not self._has_use(adapter_name, config):
             return
-        self.adapters[adapter_name] = self.adapter_class(
+        adapter_class = InputAdapter if config.context == "none" else self.adapter_class
+        self.adapters[adapter_name] = adapter_class(
             width,
             config.r if self.stands_for_skipped else config.attention_r,
             groups=config.groups,
@@ -157,14 +161,16 @@ class AdaptedLayer(EASLayer):
             router_temperature=config.router_temperature,
             dropout=config.dropout,
             init_weights=config.init_weights,
+            paths=config.paths,
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # A running mean in half precision would stop moving long before the end of a training run.
         adapter = self.adapters[adapter_name]
-        adapter.running_context = adapter.running_context.float()
+        if adapter.needs_context:
+            adapter.running_context = adapter.running_context.float()
 
-    def _has_use(self, config: EASConfig) -> bool:
-        if not self.stands_for_skipped and config.attention_r == 0:
+    def _has_use(self, adapter_name: str, config: EASConfig) -> bool:
+        if not self.could_use(adapter_name):
             return False
         if config.skipped_modules is None:
             return bool(config.num_skip) or not self.stands_for_skipped
@@ -178,7 +184,9 @@ class AdaptedLayer(EASLayer):
 
     def could_use(self, adapter_name: str) -> bool:
         """Whether some skip set gives the adapter `adapter_name` a use here."""
-        return self.stands_for_skipped or self.candidate.configs[adapter_name].attention_r > 0
+        if self.stands_for_skipped:
+            return adapter_name not in self.candidate.kept_by
+        return self.candidate.configs[adapter_name].attention_r > 0
 
     def drop_unused_adapter(self, adapter_name: str) -> None:
         """Deletes the adapter `adapter_name` if the MHA, as it is skipped or kept now, has no use for it."""
@@ -199,16 +207,23 @@ class AdaptedLayer(EASLayer):
         return not self.merged and self.used_adapter(name) is not None and self._takes_prompt(name)
 
     def _takes_prompt(self, adapter_name: str) -> bool:
-        return self.candidate.configs[adapter_name].context == "prompt"
+        config = self.candidate.configs[adapter_name]
+        # A kept MHA's adapter without a router reads no context.
+        return config.context == "prompt" and (adapter_name in self.candidate.skipped_by or config.paths > 1)
 
     def _adapter_to_apply(self) -> RoutedAdapter | None:
         if self.disable_adapters and self.merged:
             self.unmerge()
         return None if self.merged else self.used_adapter(self.adapter_in_force)
 
-    def _context(self, adapter: RoutedAdapter, z: torch.Tensor, call: Call, seen: int) -> torch.Tensor:
-        """The context for z, (B, T, d), of which the cache has seen `seen` tokens before: (B, d), or (1, d)."""
+    def _context(self, adapter: RoutedAdapter, z: torch.Tensor, call: Call, seen: int) -> torch.Tensor | None:
+        """The context for z, (B, T, d), of which the cache has seen `seen` tokens before: (B, d), or (1, d).
+
+        None for an adapter that needs none.
+        """
         name, candidate = self.adapter_in_force, self.candidate
+        if not adapter.needs_context:
+            return None
         if not self._takes_prompt(name):
             return adapter.running_context[None]
         if seen > 0:
@@ -232,7 +247,7 @@ class AdaptedLayer(EASLayer):
             call.prompt.recorded.add(id(adapter))
         return context
 
-    def _keep_context(self, context: torch.Tensor, call: Call) -> None:
+    def _keep_context(self, context: torch.Tensor | None, call: Call) -> None:
         name = self.adapter_in_force
         if self.candidate.layer_idx is not None and self._takes_prompt(name):
             write_context(call.cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)

@@ -65,6 +65,12 @@ def test_numbers_of_each_mha(family):
     assert all(row.score is None for row in rows)
 
 
+def test_adapters_with_one_path():
+    rows = eas_summary(make_eas("llama", "cpu", [0], warm=False, paths=1)).rows
+    pia, kept = 2 * (32 * 8 + 8) + (32 * 4 + 32), (32 * 4 + 4) + (32 * 2 + 32)
+    assert [row.adapter_parameters for row in rows] == [pia, kept, kept, kept]
+
+
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("family", ALL)
 def test_the_merged_model_has_the_size_that_was_foretold(family, skip):
@@ -188,6 +194,21 @@ def test_what_is_no_target():
     warm = add_eas(build_model("llava"), "llava", [0], "running", exclude_modules=[names[3]])
     merged = eas_summary(warm.merge_and_unload(), TOKENS)
     assert [row.state for row in merged.rows] == ["no target"] * 4 + ["deleted", "kept", "kept", "no target"]
+
+
+def test_what_is_never_skipped_is_kept():
+    options = {"kept_modules": r".*vision_tower.*"}
+    model = add_eas(build_model("llava"), "llava", [0], "running", **options)
+    summary = eas_summary(model, TOKENS)
+    assert [row.state for row in summary.rows] == ["kept"] * 4 + ["skipped", "kept", "kept", "kept"]
+    assert [row.adapter_parameters for row in summary.rows] == [INPUT] * 4 + [PIA, INPUT, INPUT, INPUT]
+    # It is no candidate, and its tokens are others than those of the text model.
+    assert summary.base_flops == eas_summary(make_eas("llava", "cpu", [0], warm=False), TOKENS).base_flops
+    size, merged = summary.base_parameters, model.merge_and_unload()
+    assert size - summary.saved_parameters == merged.num_parameters()
+    after = eas_summary(merged, TOKENS)
+    assert [row.state for row in after.rows] == ["kept"] * 4 + ["deleted", "kept", "kept", "kept"]
+    assert (after.base_flops, after.saved_parameters) == (summary.base_flops, summary.saved_parameters)
 
 
 def test_the_active_adapter_counts():
