@@ -2,7 +2,8 @@
 
 Names and shapes are those of facebookresearch/llama (`consolidated.NN.pth`, `params.json`), openai/CLIP
 (`visual.transformer.resblocks...`), luogen1996/LaVIN (`adapter_attn`, `adapter_proj`,
-`adapter_modality_embedding`) and DoubtedSteam/EAS (and `replaced_adapter`). Files are read as tensors alone: no code of theirs is run.
+`adapter_modality_embedding`) and DoubtedSteam/EAS (and `replaced_adapter`). Files are read as tensors alone: no code
+of theirs is run.
 
 What a released adapter computes is kept as far as any function of one sample can keep it:
 
