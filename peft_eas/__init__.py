@@ -14,6 +14,7 @@ from .model import EASModel
 from .peft_type import add_to_cards
 from .search import EASSearch
 from .similarity import attention_similarities
+from .skippable import Skippable
 from .summary import eas_summary
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "EASSearch",
     "InputAdapter",
     "PropagationAdapter",
+    "Skippable",
     "attention_similarities",
     "eas_summary",
 ]
