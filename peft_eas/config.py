@@ -33,6 +33,7 @@ def _with_fields_explained(config_class: type) -> type:
             width=115,
             initial_indent=" " * 8,
             subsequent_indent=" " * 12,
+            break_on_hyphens=False,
         )
         for f in sorted(fields(config_class), key=lambda f: f.name in inherited)
         if "help" in f.metadata
@@ -90,17 +91,26 @@ class EASConfig(PeftConfig):
         metadata={"help": "Diagonal blocks of the up-projections; divides the ranks and the model's width."},
     )
     scale: float = field(default=1.0, metadata={"help": "Factor s on what an adapter adds to its input."})
+    paths: int = field(
+        default=2,
+        metadata={
+            "help": "Number of up-projections that an adapter's router mixes, by the context. 1: one up-projection "
+            "and no router, as the paper has it for METER; always so with context='none'."
+        },
+    )
     router_temperature: float = field(
         default=10.0, metadata={"help": "Temperature τ of the router's softmax, above 0; higher mixes more evenly."}
     )
     dropout: float = field(
         default=0.1, metadata={"help": "Probability of dropping a unit of the bottleneck in training, in [0, 1)."}
     )
-    context: Literal["prompt", "running"] = field(
+    context: Literal["prompt", "running", "none"] = field(
         default="prompt",
         metadata={
             "help": "'prompt': the mean over each sequence's own prompt (the paper). 'running': the running mean of "
-            "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'."
+            "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'. 'none': "
+            "adapters that read nothing but each token itself, z + s U dropout(C z), with one path and no router; "
+            "always exact under a merge."
         },
     )
     init_weights: bool = field(
@@ -155,11 +165,12 @@ class EASConfig(PeftConfig):
             if not allowed:
                 raise ValueError(f"EASConfig({name}={getattr(self, name)!r}): {name} must be {what}.")
 
-        for name in ("r", "attention_r", "groups", "num_skip", "scale", "router_temperature", "dropout"):
+        for name in ("r", "attention_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"):
             setattr(self, name, python_number(getattr(self, name)))
         require("r", is_int(self.r, 1), "an integer of at least 1")
         require("attention_r", is_int(self.attention_r, 0), "an integer of at least 0")
         require("groups", is_int(self.groups, 1), "an integer of at least 1")
+        require("paths", is_int(self.paths, 1), "an integer of at least 1")
         for name in ("r", "attention_r"):
             rank = getattr(self, name)
             require(name, rank % self.groups == 0, f"a multiple of groups={self.groups}")
@@ -170,7 +181,10 @@ class EASConfig(PeftConfig):
             "a finite number above 0",
         )
         require("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
-        require("context", self.context in ("prompt", "running"), "'prompt' or 'running'")
+        require("context", self.context in ("prompt", "running", "none"), "'prompt', 'running' or 'none'")
+        if self.context == "none":  # without a context there is nothing to route by; 2 may be the default
+            require("paths", self.paths in (1, 2), "left out, or 1, with context='none', which has no router")
+            self.paths = 1
         require("init_weights", isinstance(self.init_weights, bool), "True or False")
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:

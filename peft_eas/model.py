@@ -218,14 +218,15 @@ class EASModel(MergingTuner):
     def freeze_context(self) -> None:
         """Switches the active adapter to context="running" for good: what is trained from here on is folded as it is.
 
-        Warns where no prompt was seen yet, so that the running mean is zero.
+        Warns where no prompt was seen yet, so that the running mean is zero. Where the context is not the prompt,
+        there is nothing to do.
         """
         config = self._active_config
-        if config.context == "running":
+        if config.context != "prompt":
             return
         self.sync_context()
-        adapters = [layer.used_adapter(self._active_name) for layer in self._adapted_layers()]
-        if any(int(adapter.num_contexts) == 0 for adapter in adapters if adapter is not None):
+        adapters = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]
+        if any(int(adapter.num_contexts) == 0 for adapter in adapters if adapter.needs_context):
             warnings.warn(
                 "freeze_context() before any training step: the running mean of the prompts is still zero for at "
                 "least one MHA. Train with context='prompt' first, so that it is known.",
@@ -237,16 +238,18 @@ class EASModel(MergingTuner):
     def sync_context(self) -> None:
         """Makes the running contexts equal on all ranks, to their mean. Call once per optimizer step while training.
 
-        Without torch.distributed, and once the context is frozen, there is nothing to do.
+        Without torch.distributed, and where the context is not the prompt (any longer), there is nothing to do.
         """
-        if self._active_config.context == "running" or not torch.distributed.is_initialized():
+        if self._active_config.context != "prompt" or not torch.distributed.is_initialized():
             return
         adapters = [
             layer.adapters[self._active_name]
             for layer in self._adapted_layers()
             if self._active_name in layer.adapters
         ]
-        buffers = [adapter.running_context for adapter in adapters]
+        buffers = [adapter.running_context for adapter in adapters if adapter.needs_context]
+        if not buffers:
+            return
         flat = torch.cat(buffers)
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()

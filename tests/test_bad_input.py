@@ -276,11 +276,15 @@ def change_config(folder, **changes):
         ({"r": 16}, r"do not fit.*shape .* instead of"),
         ({"groups": 1}, r"do not fit.*shape .* instead of"),
         ({"groups": 3}, r"multiple of groups=3"),
+        ({"paths": 0}, r"paths must be an integer of at least 1"),
+        ({"paths": 1}, r"do not fit.*no place in the model"),
+        ({"paths": 3}, r"do not fit.*(is missing|shape .* instead of)"),
         ({"skipped_modules": mha_names("llama", [1, 3])}, r"do not fit"),
         ({"skipped_modules": ["model.layers.7.self_attn"]}, r"layers\.7.*cannot be skipped"),
         ({"num_skip": 3}, r"num_skip=3 contradicts skipped_modules"),
         ({"attention_r": 0}, r"do not fit.*self_attn"),
-        ({"context": "image"}, r"context must be 'prompt' or 'running'"),
+        ({"context": "image"}, r"context must be 'prompt', 'running' or 'none'"),
+        ({"context": "none"}, r"do not fit.*no place in the model"),
     ],
 )
 def test_a_config_that_was_changed_by_hand(changes, message, folder, device):

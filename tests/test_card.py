@@ -82,6 +82,16 @@ def rows(card):
     return {label: value for label, value in found if not label.startswith(("`", "---"))}
 
 
+def test_without_a_context(tmp_path):
+    model = make_eas("llama", "cpu", SKIPS["half"], "none")
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for kind in KINDS:
+        facts = rows(ModelCard.load(tmp_path / kind / "README.md"))
+        assert facts["Context"] == "none, the adapters read each token alone"
+        assert facts["Up-projections"] == "1, without a router"
+
+
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +132,7 @@ def test_facts_of_the_adapter(saved):
     assert facts["Base model"] == "`base`"
     assert facts["Attentions skipped"] == "2 of 4"
     assert facts["Rank"] == "8 for a skipped attention, 4 for a kept one"
+    assert facts["Up-projections"] == "2, mixed by a router"
     share = 100 * saved.trainable / saved.all_parameters
     assert facts["Trainable parameters"] == f"{saved.trainable:,} ({share:.2f} % of all)"
     assert facts["Numbers in the adapter's file"] == f"{sum(tensor.numel() for tensor in file.values()):,}"

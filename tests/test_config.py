@@ -18,7 +18,7 @@ from peft_eas import EASConfig
 def test_defaults_are_the_released_values():
     config = EASConfig()
     assert (config.r, config.attention_r, config.groups, config.scale) == (32, 8, 2, 1.0)
-    assert (config.router_temperature, config.dropout) == (10.0, 0.1)
+    assert (config.paths, config.router_temperature, config.dropout) == (2, 10.0, 0.1)
     assert (config.context, config.init_weights) == ("prompt", True)
     assert config.num_skip is config.skipped_modules is config.target_modules is config.modules_to_save is None
     assert config.peft_type == "EAS"
@@ -61,12 +61,13 @@ OUT_OF_RANGE = {
     "an integer of at least 1": {
         "r": [0, -8, 4.0, NAN, "8", None, True, np.bool_(True), [8]],
         "groups": [0, -2, 2.0, "2", None, True],
+        "paths": [0, -1, 2.0, "2", None, True],
     },
     "an integer of at least 0": {"attention_r": [-1, -8, 4.0, "8", None, False]},
     "a finite number": {"scale": [NAN, INF, -INF, "1", None, True, 1j, [1]]},
     "a finite number above 0": {"router_temperature": [0, -1.0, NAN, INF, "10", None, True]},
     "in [0, 1)": {"dropout": [-0.1, 1.0, 1.5, NAN, "0.1", None, False]},
-    "'prompt' or 'running'": {"context": ["Prompt", "static", None, 3, ["prompt"], b"prompt"]},
+    "'prompt', 'running' or 'none'": {"context": ["Prompt", "static", None, 3, ["prompt"], b"prompt"]},
     "an integer of at least 0, or None": {"num_skip": [-1, 1.5, "2", True, NAN, [2]]},
     "a dict from names of MHAs to finite numbers, or None": {
         "scores": [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}, {"a": None}, {"a": True}, "a"]
@@ -108,6 +109,7 @@ def test_texts_that_are_no_regular_expressions(field, value):
     [
         ("r", np.int64(8)),
         ("groups", np.int32(1)),
+        ("paths", np.int32(1)),
         ("num_skip", np.uint8(2)),
         ("scale", np.float32(0.5)),
         ("dropout", np.float64(0.25)),
@@ -119,6 +121,13 @@ def test_numbers_of_numpy_are_taken_as_pythons_own(field, value, tmp_path):
     assert json.dumps(getattr(config, field)) == json.dumps(getattr(value, "item", lambda: {"a": 0.5})())
     config.save_pretrained(tmp_path)
     assert getattr(EASConfig.from_pretrained(tmp_path), field) == value
+
+
+def test_without_a_context_there_is_one_path():
+    assert EASConfig(context="none").paths == EASConfig(context="none", paths=1).paths == 1
+    message = r"EASConfig\(paths=3\): paths must be left out, or 1, with context='none'"
+    with pytest.raises(ValueError, match=message):
+        EASConfig(context="none", paths=3)
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 9), ("attention_r", 3)])
@@ -133,6 +142,8 @@ def test_groups_that_do_not_divide_a_rank(field, value):
         ("r", 2),
         ("attention_r", 0),
         ("groups", 1),
+        ("paths", 1),
+        ("paths", 5),
         ("scale", -2),
         ("scale", 0),
         ("router_temperature", 1),
