@@ -1,10 +1,10 @@
 """Pretrains the small METER of the examples: `python examples/pretrain_meter.py`.
 
-Its vision tower is that of examples/base, which pretrain_base.py has taught the colours and shapes, and stays as it is.
-The rest starts at random, and learns as METER did, by image-text matching and by words behind masks. Like the base, it
-must know the words and the images and must not know the tasks of the examples, which are to answer "what" questions, to
-judge statements about two images, and to tell descriptions such as "a red circle" apart. So it is trained on the
-training images with nothing but
+Its vision tower is that of examples/base, which pretrain_base.py has taught the colours and shapes, and stays as it
+is. The rest starts at random, and learns as METER did, by image-text matching and by words behind masks. Like the
+base, it must know the words and the images and must not know the tasks of the examples, which are to answer "what"
+questions, to judge statements about two images, and to tell descriptions such as "a red circle" apart. So it is
+trained on the training images with nothing but
 
 1. claims that are true or false by one yes/no question and its answer: statements such as "there is a red shape", and
    the questions with an answer behind them. Whether one is true is what the matching head learns; in the true ones,
@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from meter.modeling_meter import MeterConfig, MeterForPreTraining, MeterForVisualQuestionAnswering  # noqa: F401
+from meter.modeling_meter import MeterConfig, MeterForPreTraining
 from meter.wordings import DESCRIPTIONS, STATEMENTS, thing
-from pretrain_base import WORDS, augment, bounding_boxes, fact, known_facts, statements, train
+from pretrain_base import AFFIRMATIONS, WORDS, augment, bounding_boxes, fact, known_facts, statements, train
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -43,7 +43,10 @@ from transformers import (
 from vqa import COLORS, IGNORE, SHAPES, Question, load_images, load_questions, preprocess
 
 WIDTH = 96
-MASKED_SHARE = 0.25  # of the words of a text
+# Of the claims, statements of what is there. The model has to learn to compare text and image by these, before it can
+# learn by negations, each of which turns the truth around.
+PLAIN_SHARE = 0.6
+NAMES_MASKED, OTHERS_MASKED = 0.6, 0.15  # shares of the colours and shapes in a text, and of its other words
 SPECIAL = {
     "bos_token": "<s>",
     "pad_token": "<pad>",
@@ -138,6 +141,7 @@ class Pretraining:
             claim: [torch.tensor(tokenizer(text).input_ids) for text in texts]
             for claim, texts in build_claims(questions).items()
         }
+        self.names = torch.tensor(tokenizer.convert_tokens_to_ids(list(WORDS)))
         self.wordings = [torch.tensor(tokenizer(text).input_ids) for text in wordings]
 
     def batch(self, size: int, seed: int) -> dict[str, Tensor]:
@@ -167,16 +171,19 @@ class Pretraining:
         }
 
     def _draw_claim(self, image: int, is_true: bool, draw: random.Random) -> Tensor:
-        """A claim about the image: about what is there as often as about what is not, where both are known."""
+        """A claim about the image, true or not; about what is there as often as about what is not, if it can be."""
         facts = self.facts[image]
-        wanted = draw.random() < 0.5
+        is_plain = draw.random() < PLAIN_SHARE
+        wanted = is_true if is_plain else draw.random() < 0.5
         word = draw.choice([word for word, present in facts.items() if present == wanted] or list(facts))
-        return draw.choice(self.claims[word, facts[word] == is_true])
+        texts = self.claims[word, facts[word] == is_true]
+        return draw.choice(texts[: len(AFFIRMATIONS)] if is_plain else texts)
 
     def _mask(self, input_ids: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Puts masks in the place of some words of `rows`; returns the words in the place of the others' labels."""
         is_word = (input_ids >= len(SPECIAL)) & rows[:, None]
-        chosen = is_word & (torch.rand(input_ids.shape, generator=generator) < MASKED_SHARE)
+        shares = torch.where(torch.isin(input_ids, self.names), NAMES_MASKED, OTHERS_MASKED)
+        chosen = is_word & (torch.rand(input_ids.shape, generator=generator) < shares)
         labels = input_ids.masked_fill(~chosen, IGNORE)
         return input_ids.masked_fill(chosen, self.tokenizer.mask_token_id), labels
 
@@ -192,9 +199,7 @@ def yes_no_accuracy(model: MeterForPreTraining, processor: CLIPProcessor, pixel_
             texts = processor.tokenizer(
                 [f"{question.text} {answer}" for question in part], padding=True, return_tensors="pt"
             )
-            output = model(
-                texts.input_ids, texts.attention_mask, pixel_values[[question.image for question in part]]
-            )
+            output = model(texts.input_ids, texts.attention_mask, pixel_values[[question.image for question in part]])
             scores.append(output.itm_logits.log_softmax(-1)[:, 1])
         says_yes = (scores[1] > scores[0]).tolist()
         right += sum((question.answer == "yes") == said for question, said in zip(part, says_yes, strict=True))
@@ -236,8 +241,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoints", type=Path, default=Path("outputs/pretrain_meter"), help="to resume from")
     parser.add_argument("--save-every", type=int, default=200, metavar="STEPS")
     options = parser.add_argument_group("options that make the weights")
-    options.add_argument("--steps", type=int, default=3000)
-    options.add_argument("--batch-size", type=int, default=32, help="images per step")
+    options.add_argument("--steps", type=int, default=2500)
+    options.add_argument("--batch-size", type=int, default=16, help="images per step")
     options.add_argument("--texts-per-image", type=int, default=4)
     options.add_argument("--learning-rate", type=float, default=1e-3, help="the highest; a half cosine goes to 0")
     options.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
 """METER (Dou et al., arXiv 2111.02387) on transformers' CLIP vision and RoBERTa models.
 
 Two encoders, one per modality, and behind them two towers of `num_cross_layers` co-attention layers. A layer of either
-tower has a self-attention, a cross-attention to the other tower and an FFN, with the norms behind them (post-norm). Both
-layers of one depth read what the other tower held *before* that depth, so neither comes first. A pooler per tower
+tower has a self-attention, a cross-attention to the other tower and an FFN, with the norms behind them (post-norm).
+Both layers of one depth read what the other tower held *before* that depth, so neither comes first. A pooler per tower
 reads its first token; the two together, text first, are what every head reads.
 
 The co-attention layers are transformers' `BridgeTowerBertCrossLayer`, which is METER's block. `MeterConfig()` has the
@@ -10,7 +10,7 @@ shapes of the released model: CLIP ViT-B/16 without its last layer, at 288 pixel
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class MeterConfig(PreTrainedConfig):
     """
 
     model_type = "meter"
-    sub_configs = {"text_config": RobertaConfig, "vision_config": CLIPVisionConfig}
+    sub_configs: ClassVar = {"text_config": RobertaConfig, "vision_config": CLIPVisionConfig}
 
     def __init__(
         self,
@@ -178,9 +178,7 @@ class MeterMLMHead(nn.Module):
 
 def build_classifier(in_features: int, hidden: int, classes: int) -> nn.Sequential:
     """The head of the classification tasks."""
-    return nn.Sequential(
-        nn.Linear(in_features, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes)
-    )
+    return nn.Sequential(nn.Linear(in_features, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
 
 
 class MeterPreTrainedModel(PreTrainedModel):
@@ -191,9 +189,9 @@ class MeterPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _supports_sdpa = True
-    _no_split_modules = ["BridgeTowerBertCrossLayer", "CLIPEncoderLayer", "RobertaLayer"]
+    _no_split_modules: ClassVar = ["BridgeTowerBertCrossLayer", "CLIPEncoderLayer", "RobertaLayer"]
     # The heads of the pretraining are not every task's.
-    _keys_to_ignore_on_load_unexpected = [r"^(itm_score|mlm_score)\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^(itm_score|mlm_score)\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -375,7 +373,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
             raise ValueError(
                 f"MeterConfig(type_vocab_size={config.type_vocab_size}) has no token type for the second image of a "
                 "pair. Set it to 3, and start the third embedding as a copy of the second, as "
-                "`python examples/meter_convert.py --head nlvr2` does."
+                "`python examples/meter_convert.py --pairs` does."
             )
         self.meter = MeterModel(config)
         self.nlvr2_classifier = build_classifier(4 * config.hidden_size, 2 * config.hidden_size, config.num_labels)

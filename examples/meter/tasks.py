@@ -8,11 +8,11 @@ The base (see pretrain_meter.py) has never seen an answer of a "what" question, 
 colour and a shape that belong together.
 """
 
-import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,8 +167,7 @@ def vqa_data(part: Part) -> MeterDataset:
 def nlvr2_data(part: Part) -> MeterDataset:
     """Statements about two images, true or false; as many of each, for every wording and every colour or shape.
 
-    For every wording and thing, pairs are drawn at random until there are enough that make it true and enough that make
-    it false, the images that show the thing as often as those that do not.
+    What makes it true or false, that one image shows the thing, the other, both or neither, takes turns.
     """
     draw = random.Random(f"nlvr2 {part}")
     shown = load_shown(part)
@@ -180,7 +179,7 @@ def nlvr2_data(part: Part) -> MeterDataset:
         for statement, is_true in STATEMENTS.items():
             text = statement.format(thing(word))
             for truth in (False, True):
-                cases = [(l, r) for l in (False, True) for r in (False, True) if is_true(l, r) == truth]
+                cases = [case for case in product((False, True), repeat=2) if is_true(*case) == truth]
                 for number in range(num_pairs):
                     left, right = cases[number % len(cases)]
                     first = draw.choice(having if left else lacking)
