@@ -87,6 +87,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
             facts,
             task,
             ("Attentions skipped", count),
+            ("Attentions never skipped", _kept(facts)),
             ("Rank", _ranks(facts)),
             ("Up-projections", _paths(facts)),
             ("Context", CONTEXTS[facts["context"]]),
@@ -132,6 +133,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
             facts,
             task,
             ("Attentions deleted", count),
+            ("Attentions never skipped", _kept(facts)),
             ("Rank of the adapters", _ranks(facts)),
             ("Up-projections", _paths(facts)),
             ("Context", CONTEXTS.get(context, "")),
@@ -187,6 +189,10 @@ def _ranks(facts: dict[str, Any]) -> str:
         return ""
     kept = f"{facts['attention_r']} for a kept one" if facts["attention_r"] else "no adapter for a kept one"
     return f"{facts['r']} for a skipped attention, {kept}"
+
+
+def _kept(facts: dict[str, Any]) -> str:
+    return f"{len(facts['kept'])} more, with adapters" if facts.get("kept") else ""
 
 
 def _paths(facts: dict[str, Any]) -> str:

@@ -65,6 +65,13 @@ class EASConfig(PeftConfig):
         default=None,
         metadata={"help": "MHAs among the targets that get no adapter and are never skipped; same forms."},
     )
+    kept_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "MHAs that get the adapter of a kept MHA but are never skipped, among the targets or besides "
+            "them, such as a vision tower's beside a text model's; same forms. What is excluded too gets no adapter."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules besides the adapters, such as a new head, that are trained and saved."},
@@ -142,7 +149,7 @@ class EASConfig(PeftConfig):
 
     def _check_names(self) -> None:
         what = "a list of names of modules, or of their endings"
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "kept_modules", "modules_to_save"):
             value, is_pattern = getattr(self, name), name != "modules_to_save"
             if value is None:
                 continue
@@ -174,6 +181,9 @@ class EASConfig(PeftConfig):
         for name in ("r", "attention_r"):
             rank = getattr(self, name)
             require(name, rank % self.groups == 0, f"a multiple of groups={self.groups}")
+        if self.kept_modules:
+            what = "at least 1 with kept_modules, whose MHAs have no other adapter; else name them in exclude_modules"
+            require("attention_r", self.attention_r > 0, what)
         require("scale", is_finite(self.scale), "a finite number")
         require(
             "router_temperature",
@@ -228,7 +238,11 @@ class EASConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary; during a search with the skip set in force as `skipped_modules`."""
         values = super().to_dict()
-        for name in ("target_modules", "exclude_modules"):  # sets, which would be written in another order each time
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "kept_modules",
+        ):  # sets, which would be written in another order each time
             if isinstance(values[name], set):
                 values[name] = sorted(values[name])
         if self.skipped_modules is None and getattr(self, "_skipped_now", None) is not None:

@@ -19,6 +19,7 @@ from .checks import (
     check_skip_fields,
     check_state_dict,
     find_targets,
+    matches,
     prompt_root,
     skippable_mhas,
 )
@@ -73,7 +74,7 @@ class EASModel(MergingTuner):
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
         """Checks the config against the model before any change, and writes the targets and base shape into it."""
         targets = find_targets(peft_config, model)
-        check_skip_fields(peft_config, list(targets))
+        check_skip_fields(peft_config, targets)
         shape = check_base(peft_config, model, targets)
         root = prompt_root(peft_config, model, targets)
         # Another EASModel, such as transformers makes for each adapter, may have wrapped the model before.
@@ -81,6 +82,7 @@ class EASModel(MergingTuner):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_name_is_free(name, peft_config, present)
         peft_config.base_shape = shape
+        self._targets = set(targets)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(targets)
         if not hasattr(self, "_candidates"):
@@ -114,6 +116,10 @@ class EASModel(MergingTuner):
                 "out with unload() first."
             )
 
+    def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
+        # PEFT knows nothing of kept_modules.
+        return key in self._targets or super()._check_target_module_exists(peft_config, key)
+
     def _create_and_replace(
         self,
         peft_config: EASConfig,
@@ -128,6 +134,8 @@ class EASModel(MergingTuner):
         if candidate is None or adapter_name in candidate.configs:
             return
         candidate.configs[adapter_name] = peft_config
+        if matches(peft_config.kept_modules, candidate.name):
+            candidate.kept_by.add(adapter_name)
         if candidate.name in (peft_config.skipped_modules or ()):
             candidate.skipped_by.add(adapter_name)
         row = candidate.architecture
@@ -269,7 +277,8 @@ class EASModel(MergingTuner):
     @property
     def candidates(self) -> list[str]:
         """Full names of the MHAs that the active adapter may skip, in the model's order."""
-        return [name for name, candidate in self._candidates.items() if self._active_name in candidate.configs]
+        active = self._active_name
+        return [name for name, one in self._candidates.items() if active in one.configs and active not in one.kept_by]
 
     @property
     def skipped_modules(self) -> list[str]:
