@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import lavin_convert
-from lavin.convert import convert_adapter, load_clip, load_llama, read_adapter
+from lavin.convert import convert_adapter, load_clip, load_llama, load_tokenizer, read_adapter
 from lavin.modeling_lavin import LavinForConditionalGeneration
 from lavin.processing_lavin import LavinProcessor
 
@@ -313,7 +313,7 @@ class Code:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda w: w.pop("layers.1.attention.wq.weight"), 
+        (lambda w: w.pop("layers.1.attention.wq.weight"),
          r"lacks layers.1.attention.wq.weight\. It must hold 30 weights"),
         (lambda w: w.update({"strange.weight": torch.ones(1)}), r"has unexpected strange.weight\."),
         (lambda w: w.update({"layers.0.attention.wo.weight": torch.ones(3, 4)}),
@@ -351,6 +351,16 @@ def test_files_that_do_not_fit(parts, tmp_path):
     torch.save([1], path)
     with pytest.raises(ValueError, match=r"holds a list"):
         load_clip(path)
+
+
+def test_tokenizers_that_do_not_fit(tmp_path):
+    folder = tmp_path / "llama" / "7B"
+    folder.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"Neither .*7B nor the folder above holds tokenizer.json"):
+        load_tokenizer(folder)
+    (folder.parent / "tokenizer.model").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"tokenizer.model cannot be read.*pip install sentencepiece protobuf"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedTokenizerBase,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -530,10 +531,22 @@ def convert(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Llama's tokenizer, from its folder or, as in the original files, the one above."""
+    """Llama's tokenizer, from its folder or, as in the original files, the one above.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or if it cannot be read.
+    """
     for place in (Path(folder), Path(folder).parent):
-        if (place / "tokenizer.json").is_file() or (place / "tokenizer.model").is_file():
-            return AutoTokenizer.from_pretrained(place, use_fast=True)
+        if (place / "tokenizer.json").is_file():
+            return AutoTokenizer.from_pretrained(place)
+        if (place / "tokenizer.model").is_file():  # which tells AutoTokenizer nothing of its rules
+            try:
+                return LlamaTokenizer.from_pretrained(place)
+            except (ImportError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{place / 'tokenizer.model'} cannot be read ({str(error).splitlines()[0]}). Run `pip install "
+                    "sentencepiece protobuf`, or name the folder of a tokenizer.json (--tokenizer)."
+                ) from error
     raise FileNotFoundError(
         f"Neither {folder} nor the folder above holds tokenizer.json or tokenizer.model. Name the tokenizer's folder."
     )
