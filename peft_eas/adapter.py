@@ -65,10 +65,11 @@ def _block_diagonal(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 class RoutedAdapter(nn.Module):
-    """What both adapters share: a bottleneck, two routed up-projections, and the running mean of the contexts.
+    """What both adapters share: a bottleneck, routed up-projections, and the running mean of the contexts.
 
     The router mixes the paths, g = softmax((R m) / τ); since the mix does not depend on the token, the paths are mixed
-    as weights, once per sequence (or once for all, when the context is the running mean).
+    as weights, once per sequence (or once for all, when the context is the running mean). One path needs no router:
+    Σ_e g_e U_e is U_0 then. What reads no context has no running mean of it either.
 
     Args:
         d: width of the model. r: rank of the bottleneck. groups: diagonal blocks of the up-projections.
@@ -76,9 +77,10 @@ class RoutedAdapter(nn.Module):
         dropout: probability with which a bottleneck unit is dropped in training.
         init_weights: with True the up-projections stay at zero and the adapter is the identity; with False they are
             drawn like the down-projections.
+        paths: number of up-projections that the router mixes; 1 for no router.
 
     Raises:
-        ValueError: if r is not positive, or if `groups` divides r or d with a remainder.
+        ValueError: if r or `paths` is not positive, or if `groups` divides r or d with a remainder.
     """
 
     has_context_path: ClassVar[bool] = False
@@ -92,10 +94,13 @@ class RoutedAdapter(nn.Module):
         router_temperature: float = 10.0,
         dropout: float = 0.0,
         init_weights: bool = True,
+        paths: int = 2,
     ) -> None:
         super().__init__()
         if r < 1:
             raise ValueError(f"The rank of an adapter must be at least 1, but r={r} was received.")
+        if paths < 1:
+            raise ValueError(f"An adapter needs at least 1 up-projection, but paths={paths} was received.")
         for name, value in (("the rank", r), ("the model's width", d)):
             if groups < 1 or value % groups:
                 raise ValueError(
@@ -107,13 +112,18 @@ class RoutedAdapter(nn.Module):
         self.token_down = Affine(d, r)
         if self.has_context_path:
             self.context_down = Affine(d, r)
-        self.up = nn.ModuleList([GroupedUp(r, d, groups), GroupedUp(r, d, groups)])
-        self.router = Affine(d, len(self.up))
+        self.up = nn.ModuleList([GroupedUp(r, d, groups) for _ in range(paths)])
+        self.router = Affine(d, paths) if paths > 1 else None
         self.dropout = nn.Dropout(dropout)
         # Statistics in the manner of BatchNorm: the context that takes the prompt's place once it is frozen.
-        self.register_buffer("running_context", torch.zeros(d))
-        self.register_buffer("num_contexts", torch.zeros((), dtype=torch.long))
+        self.register_buffer("running_context", torch.zeros(d) if self.needs_context else None)
+        self.register_buffer("num_contexts", torch.zeros((), dtype=torch.long) if self.needs_context else None)
         self.reset_parameters(init_weights)
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether what the adapter computes depends on a context."""
+        return self.has_context_path or self.router is not None
 
     def reset_parameters(self, init_weights: bool = True) -> None:
         """Draws the weights anew; see `init_weights` of the class."""
@@ -128,35 +138,44 @@ class RoutedAdapter(nn.Module):
                 nn.init.normal_(up.bias, std=0.02)
 
     def route(self, context: torch.Tensor) -> torch.Tensor:
-        """Weights of the two paths, shape (B, 2), for contexts of shape (B, d)."""
+        """Weights of the paths, shape (B, paths), for contexts of shape (B, d)."""
         logits = F.linear(context.to(self.router.weight.dtype), self.router.weight, self.router.bias)
         return F.softmax(logits / self.router_temperature, dim=-1, dtype=torch.float32).to(logits.dtype)
 
-    def mixed_up(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ_e g_e U_e, shape (B, d, r / groups), and Σ_e g_e β_e, shape (B, d), for contexts of shape (B, d)."""
-        gates = self.route(context)
+    def mixed_up(self, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ_e g_e U_e, shape (B, d, r / groups), and Σ_e g_e β_e, shape (B, d), for contexts of shape (B, d).
+
+        Without a router B is 1, for sequences of any context.
+        """
         weights = torch.stack([up.weight for up in self.up])
         biases = torch.stack([up.bias for up in self.up])
+        if self.router is None:
+            return weights, biases
+        gates = self.route(context)
         return torch.einsum("be,edk->bdk", gates, weights), gates @ biases
 
-    def affine_map(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def affine_map(self, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The map z → z + left (C z) + shift that the adapter is, in evaluation mode, for a fixed context.
 
         Takes contexts of shape (B, d); returns left, (B, d, r), and shift, (B, d), in float32. With Ū = Σ_e g_e U_e
         and β = Σ_e g_e β_e (arXiv 2403.15226, section 3.3, equation of the re-parameterisation): for PIA, left = s/2 Ū
-        and shift = s (½ Ū (A m + a + c) + β); for a kept MHA's adapter, left = s Ū and shift = s (Ū c + β).
+        and shift = s (½ Ū (A m + a + c) + β); for a kept MHA's adapter, left = s Ū and shift = s (Ū c + β). For an
+        adapter that needs no context, which may be None, B is 1.
         """
-        context = context.float()
-        logits = F.linear(context, self.router.weight.float(), self.router.bias.float())
-        gates = torch.softmax(logits / self.router_temperature, dim=-1)
-        up = torch.einsum("be,edk->bdk", gates, torch.stack([path.weight.float() for path in self.up]))
-        up_bias = gates @ torch.stack([path.bias.float() for path in self.up])
+        context = None if context is None else context.float()
+        up = torch.stack([path.weight.float() for path in self.up])
+        up_bias = torch.stack([path.bias.float() for path in self.up])
+        if self.router is not None:
+            logits = F.linear(context, self.router.weight.float(), self.router.bias.float())
+            gates = torch.softmax(logits / self.router_temperature, dim=-1)
+            up, up_bias = torch.einsum("be,edk->bdk", gates, up), gates @ up_bias
         constant, share = self.token_down.bias.float(), 1.0
         if self.has_context_path:
             down, share = self.context_down, 0.5
             constant = constant + F.linear(context, down.weight.float(), down.bias.float())
         left = (self.scale * share) * _block_diagonal(up, self.up[0].groups)
-        return left, (left @ constant.expand(len(left), -1)[..., None])[..., 0] + self.scale * up_bias
+        shift = (left @ constant[..., None])[..., 0] + self.scale * up_bias
+        return left.expand(len(shift), -1, -1), shift
 
     @torch.no_grad()
     def record(self, context: torch.Tensor, momentum: float = 0.01) -> None:
@@ -169,7 +188,7 @@ class RoutedAdapter(nn.Module):
         weight = (1.0 / self.num_contexts).clamp_min(momentum)
         self.running_context.lerp_(context.mean(0).to(self.running_context), weight.to(self.running_context))
 
-    def _expand(self, z: torch.Tensor, bottleneck: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def _expand(self, z: torch.Tensor, bottleneck: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """z + s (Σ_e g_e U_e) dropout(bottleneck), for z of shape (B, T, d) and a bottleneck of shape (B, T, r)."""
         weight, bias = self.mixed_up(context)
         groups = self.up[0].groups
@@ -187,8 +206,8 @@ class PropagationAdapter(RoutedAdapter):
 
         u = ½ (A m + C z)        g = softmax((R m) / τ)        PIA(z) = z + s Σ_e g_e U_e dropout(u)
 
-    Submodules: `context_down` (A), `token_down` (C), `up` (U_0, U_1), `router` (R). Arguments and errors are those of
-    `RoutedAdapter`.
+    Submodules: `context_down` (A), `token_down` (C), `up` (U_0, U_1, …), `router` (R). Arguments and errors are those
+    of `RoutedAdapter`.
     """
 
     has_context_path = True
@@ -203,10 +222,10 @@ class PropagationAdapter(RoutedAdapter):
 class InputAdapter(RoutedAdapter):
     """The adapter at the input of a kept MHA: z + s Σ_e g_e U_e dropout(C z).
 
-    It has no context path; the context, shape (B, d) or (1, d), only drives the router. Arguments and errors are those
-    of `RoutedAdapter`.
+    It has no context path; the context, shape (B, d) or (1, d), only drives the router, and may be None without one.
+    Arguments and errors are those of `RoutedAdapter`.
     """
 
-    def forward(self, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the adapted input, in the shape and dtype of z."""
         return self._expand(z, self.token_down(z.to(self.token_down.weight.dtype)), context)

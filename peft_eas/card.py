@@ -84,6 +84,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
             task,
             ("Attentions skipped", count),
             ("Rank", _ranks(facts)),
+            ("Up-projections", _paths(facts)),
             ("Context", CONTEXTS[facts["context"]]),
             ("Trainable parameters", f"{facts['trainable_parameters']:,} ({share:.2f} % of all)"),
             ("Numbers in the adapter's file", f"{saved_numbers(eas, name):,}"),
@@ -127,6 +128,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
             task,
             ("Attentions deleted", count),
             ("Rank of the adapters", _ranks(facts)),
+            ("Up-projections", _paths(facts)),
             ("Context", CONTEXTS.get(record.get("context") or facts.get("context"), "")),
             ("Parameters", f"{size:,}{change}"),
             ("Parameters trained", f"{trained:,}" if trained else ""),
@@ -180,6 +182,11 @@ def _ranks(facts: dict[str, Any]) -> str:
         return ""
     kept = f"{facts['attention_r']} for a kept one" if facts["attention_r"] else "no adapter for a kept one"
     return f"{facts['r']} for a skipped attention, {kept}"
+
+
+def _paths(facts: dict[str, Any]) -> str:
+    paths = facts.get("paths")
+    return "" if paths is None else f"{paths}, mixed by a router" if paths > 1 else "1, without a router"
 
 
 def _facts_table(facts: dict[str, Any], task: str, *own: tuple[str, str]) -> str:

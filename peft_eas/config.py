@@ -33,6 +33,7 @@ def _with_fields_explained(config_class: type) -> type:
             width=115,
             initial_indent=" " * 8,
             subsequent_indent=" " * 12,
+            break_on_hyphens=False,
         )
         for f in sorted(fields(config_class), key=lambda f: f.name in inherited)
         if "help" in f.metadata
@@ -90,6 +91,13 @@ class EASConfig(PeftConfig):
         metadata={"help": "Diagonal blocks of the up-projections; divides the ranks and the model's width."},
     )
     scale: float = field(default=1.0, metadata={"help": "Factor s on what an adapter adds to its input."})
+    paths: int = field(
+        default=2,
+        metadata={
+            "help": "Number of up-projections that an adapter's router mixes, by the context. 1: one up-projection "
+            "and no router, as the paper has it for METER."
+        },
+    )
     router_temperature: float = field(
         default=10.0, metadata={"help": "Temperature τ of the router's softmax, above 0; higher mixes more evenly."}
     )
@@ -155,11 +163,12 @@ class EASConfig(PeftConfig):
             if not allowed:
                 raise ValueError(f"EASConfig({name}={getattr(self, name)!r}): {name} must be {what}.")
 
-        for name in ("r", "attention_r", "groups", "num_skip", "scale", "router_temperature", "dropout"):
+        for name in ("r", "attention_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"):
             setattr(self, name, python_number(getattr(self, name)))
         require("r", is_int(self.r, 1), "an integer of at least 1")
         require("attention_r", is_int(self.attention_r, 0), "an integer of at least 0")
         require("groups", is_int(self.groups, 1), "an integer of at least 1")
+        require("paths", is_int(self.paths, 1), "an integer of at least 1")
         for name in ("r", "attention_r"):
             rank = getattr(self, name)
             require(name, rank % self.groups == 0, f"a multiple of groups={self.groups}")

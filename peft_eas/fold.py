@@ -94,9 +94,12 @@ def _exact(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_exact
-def low_rank_map(adapter: RoutedAdapter, context: torch.Tensor) -> LowRankMap:
-    """The affine map that `adapter` is in evaluation mode when its context is fixed to `context`, shape (d,)."""
-    left, shift = adapter.affine_map(context[None])
+def low_rank_map(adapter: RoutedAdapter, context: torch.Tensor | None) -> LowRankMap:
+    """The affine map that `adapter` is in evaluation mode when its context is fixed to `context`, shape (d,).
+
+    It may be None for an adapter that needs none.
+    """
+    left, shift = adapter.affine_map(None if context is None else context[None])
     return LowRankMap(left[0], adapter.token_down.weight.detach().float(), shift[0])
 
 

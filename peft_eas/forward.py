@@ -191,7 +191,8 @@ class PromptedAdapter:
         new = None
         if left is None:
             self._check_is_new(call.cache, counted)
-            left, shift = self.adapter.affine_map(call.context(z, self.tokens))
+            context = call.context(z, self.tokens) if self.adapter.needs_context else None
+            left, shift = (part.expand(len(z), *part.shape[1:]) for part in self.adapter.affine_map(context))
             left, shift = left.transpose(1, 2).to(z.dtype).contiguous(), shift[:, None].to(z.dtype)
             new = left, shift
         return torch.baddbmm(z + shift, F.linear(z, self.adapter.token_down.weight), left), new

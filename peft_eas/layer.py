@@ -157,11 +157,13 @@ class AdaptedLayer(EASLayer):
             router_temperature=config.router_temperature,
             dropout=config.dropout,
             init_weights=config.init_weights,
+            paths=config.paths,
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # A running mean in half precision would stop moving long before the end of a training run.
         adapter = self.adapters[adapter_name]
-        adapter.running_context = adapter.running_context.float()
+        if adapter.needs_context:
+            adapter.running_context = adapter.running_context.float()
 
     def _has_use(self, config: EASConfig) -> bool:
         if not self.stands_for_skipped and config.attention_r == 0:
@@ -199,16 +201,23 @@ class AdaptedLayer(EASLayer):
         return not self.merged and self.used_adapter(name) is not None and self._takes_prompt(name)
 
     def _takes_prompt(self, adapter_name: str) -> bool:
-        return self.candidate.configs[adapter_name].context == "prompt"
+        config = self.candidate.configs[adapter_name]
+        # A kept MHA's adapter without a router reads no context.
+        return config.context == "prompt" and (adapter_name in self.candidate.skipped_by or config.paths > 1)
 
     def _adapter_to_apply(self) -> RoutedAdapter | None:
         if self.disable_adapters and self.merged:
             self.unmerge()
         return None if self.merged else self.used_adapter(self.adapter_in_force)
 
-    def _context(self, adapter: RoutedAdapter, z: torch.Tensor, call: Call, seen: int) -> torch.Tensor:
-        """The context for z, (B, T, d), of which the cache has seen `seen` tokens before: (B, d), or (1, d)."""
+    def _context(self, adapter: RoutedAdapter, z: torch.Tensor, call: Call, seen: int) -> torch.Tensor | None:
+        """The context for z, (B, T, d), of which the cache has seen `seen` tokens before: (B, d), or (1, d).
+
+        None for an adapter that needs none.
+        """
         name, candidate = self.adapter_in_force, self.candidate
+        if not adapter.needs_context:
+            return None
         if not self._takes_prompt(name):
             return adapter.running_context[None]
         if seen > 0:
@@ -232,7 +241,7 @@ class AdaptedLayer(EASLayer):
             call.prompt.recorded.add(id(adapter))
         return context
 
-    def _keep_context(self, context: torch.Tensor, call: Call) -> None:
+    def _keep_context(self, context: torch.Tensor | None, call: Call) -> None:
         name = self.adapter_in_force
         if self.candidate.layer_idx is not None and self._takes_prompt(name):
             write_context(call.cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)

@@ -266,6 +266,7 @@ def record_with_adapters(
                 "groups": adapter.up[0].groups,
                 "scale": adapter.scale,
                 "router_temperature": adapter.router_temperature,
+                "paths": len(adapter.up),
             },
         }
     return record, kept

@@ -224,8 +224,8 @@ class EASModel(MergingTuner):
         if config.context == "running":
             return
         self.sync_context()
-        adapters = [layer.used_adapter(self._active_name) for layer in self._adapted_layers()]
-        if any(int(adapter.num_contexts) == 0 for adapter in adapters if adapter is not None):
+        adapters = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]
+        if any(int(adapter.num_contexts) == 0 for adapter in adapters if adapter.needs_context):
             warnings.warn(
                 "freeze_context() before any training step: the running mean of the prompts is still zero for at "
                 "least one MHA. Train with context='prompt' first, so that it is known.",
@@ -246,7 +246,9 @@ class EASModel(MergingTuner):
             for layer in self._adapted_layers()
             if self._active_name in layer.adapters
         ]
-        buffers = [adapter.running_context for adapter in adapters]
+        buffers = [adapter.running_context for adapter in adapters if adapter.needs_context]
+        if not buffers:
+            return
         flat = torch.cat(buffers)
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()

@@ -59,6 +59,7 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
         "scores": config.scores,
         "r": config.r,
         "attention_r": config.attention_r,
+        "paths": config.paths,
         "context": config.context,
         "trainable_parameters": sum(map(_size, _parameters_of(eas, adapter_name))),
         "peft_eas_version": __version__,

@@ -133,6 +133,55 @@ def test_formula_token_by_token(adapter_class, groups, device):
     torch.testing.assert_close(adapter(z, contexts), expected)
 
 
+@pytest.mark.parametrize("paths", [1, 3])
+@pytest.mark.parametrize("adapter_class", ADAPTERS)
+def test_any_number_of_paths(adapter_class, paths, device):
+    adapter = randomised(adapter_class, paths=paths, router_temperature=0.6, device=device)
+    z, contexts = torch.randn(2, 5, 8, device=device), torch.randn(2, 8, device=device)
+    gates = torch.ones(2, 1, device=device) if paths == 1 else torch.softmax(adapter.router(contexts) / 0.6, dim=-1)
+    u = adapter.token_down(z)
+    if adapter_class is PropagationAdapter:
+        u = 0.5 * (u + adapter.context_down(contexts)[:, None])
+    outputs = torch.stack([u @ torch.block_diag(*up.weight.chunk(2)).T + up.bias for up in adapter.up])
+    expected = z + torch.einsum("be,ebtd->btd", gates, outputs)
+    torch.testing.assert_close(adapter(z, contexts), expected)
+    left, shift = adapter.affine_map(contexts)
+    mapped = z + torch.einsum("btr,bdr->btd", z @ adapter.token_down.weight.T, left) + shift[:, None]
+    torch.testing.assert_close(mapped, expected)
+
+
+def test_one_path_by_hand(device):
+    adapter = InputAdapter(2, 2, groups=1, scale=0.5, paths=1).to(device).eval()
+    assert sorted(adapter.state_dict()) == ["token_down.bias", "token_down.weight", "up.0.bias", "up.0.weight"]
+    adapter.load_state_dict(
+        {
+            "token_down.weight": torch.tensor([[1.0, 1.0], [0.0, -1.0]]),
+            "token_down.bias": torch.tensor([1.0, 0.0]),
+            "up.0.weight": torch.tensor([[2.0, 0.0], [1.0, 2.0]]),
+            "up.0.bias": torch.tensor([1.0, 1.0]),
+        }
+    )
+    # C z + c = (4, −2); U (4, −2) + β = (9, 1); z + that / 2. There is no context to ask for.
+    z = torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]]], device=device)
+    expected = torch.tensor([[[5.5, 2.5]], [[5.5, 2.5]]], device=device)
+    torch.testing.assert_close(adapter(z), expected)
+
+
+def test_pia_with_one_path_keeps_its_context(device):
+    adapter = randomised(PropagationAdapter, paths=1, device=device)
+    names = set(adapter.state_dict())
+    assert not any(name.startswith(("router", "up.1")) for name in names)
+    assert {"context_down.weight", "running_context", "num_contexts"} < names
+    z, contexts = torch.randn(1, 3, 8, device=device), torch.randn(2, 8, device=device)
+    assert (adapter(z, contexts[:1]) - adapter(z, contexts[1:])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("adapter_class", ADAPTERS)
+def test_no_path(adapter_class):
+    with pytest.raises(ValueError, match="at least 1 up-projection, but paths=0 was received"):
+        adapter_class(8, 4, paths=0)
+
+
 @pytest.mark.parametrize("adapter_class", ADAPTERS)
 def test_one_context_serves_all_sequences(adapter_class, device):
     adapter = randomised(adapter_class, device=device)

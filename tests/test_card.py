@@ -122,6 +122,7 @@ def test_facts_of_the_adapter(saved):
     assert facts["Base model"] == "`base`"
     assert facts["Attentions skipped"] == "2 of 4"
     assert facts["Rank"] == "8 for a skipped attention, 4 for a kept one"
+    assert facts["Up-projections"] == "2, mixed by a router"
     share = 100 * saved.trainable / saved.all_parameters
     assert facts["Trainable parameters"] == f"{saved.trainable:,} ({share:.2f} % of all)"
     assert facts["Numbers in the adapter's file"] == f"{sum(tensor.numel() for tensor in file.values()):,}"

@@ -18,7 +18,7 @@ from peft_eas import EASConfig
 def test_defaults_are_the_released_values():
     config = EASConfig()
     assert (config.r, config.attention_r, config.groups, config.scale) == (32, 8, 2, 1.0)
-    assert (config.router_temperature, config.dropout) == (10.0, 0.1)
+    assert (config.paths, config.router_temperature, config.dropout) == (2, 10.0, 0.1)
     assert (config.context, config.init_weights) == ("prompt", True)
     assert config.num_skip is config.skipped_modules is config.target_modules is config.modules_to_save is None
     assert config.peft_type == "EAS"
@@ -61,6 +61,7 @@ OUT_OF_RANGE = {
     "an integer of at least 1": {
         "r": [0, -8, 4.0, NAN, "8", None, True, np.bool_(True), [8]],
         "groups": [0, -2, 2.0, "2", None, True],
+        "paths": [0, -1, 2.0, "2", None, True],
     },
     "an integer of at least 0": {"attention_r": [-1, -8, 4.0, "8", None, False]},
     "a finite number": {"scale": [NAN, INF, -INF, "1", None, True, 1j, [1]]},
@@ -108,6 +109,7 @@ def test_texts_that_are_no_regular_expressions(field, value):
     [
         ("r", np.int64(8)),
         ("groups", np.int32(1)),
+        ("paths", np.int32(1)),
         ("num_skip", np.uint8(2)),
         ("scale", np.float32(0.5)),
         ("dropout", np.float64(0.25)),
@@ -133,6 +135,8 @@ def test_groups_that_do_not_divide_a_rank(field, value):
         ("r", 2),
         ("attention_r", 0),
         ("groups", 1),
+        ("paths", 1),
+        ("paths", 5),
         ("scale", -2),
         ("scale", 0),
         ("router_temperature", 1),

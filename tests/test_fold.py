@@ -68,6 +68,20 @@ def test_folded_is_unfolded(layout, dtype, groups, adapter_class, device):
     assert relative(before, expected) > 0.1  # the adapter matters
 
 
+@pytest.mark.parametrize("paths", [1, 3])
+@pytest.mark.parametrize("adapter_class", ADAPTERS)
+def test_folding_any_number_of_paths(adapter_class, paths, device):
+    adapter, projection = (
+        make_adapter(adapter_class, device, paths=paths),
+        make_projection("separate, with bias", device),
+    )
+    z = torch.randn(2, 7, D, device=device)
+    context = torch.randn(D, device=device) if adapter.needs_context else None
+    expected = projection(adapter(z, None if context is None else context[None]))
+    fold(projection, low_rank_map(adapter, context))
+    assert relative(projection(z), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights_are_the_rounded_exact_ones(dtype, device):
     """Accumulated in float32 and rounded once: within one unit in the last place of the exact result."""

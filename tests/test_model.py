@@ -579,6 +579,63 @@ def test_the_running_context_stays_float32_in_a_half_precision_model(device):
     model.train()(**with_labels(make_inputs("llama", device))).loss.backward()
 
 
+# --- one path --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+def test_without_a_router_only_skipped_mhas_ask_for_the_prompt(family, device):
+    """With nothing skipped, another prompt mask changes nothing and nothing is recorded; merging is exact."""
+    inputs = make_inputs(family, device)
+    model = make_eas(family, device, [], paths=1)
+    assert not any("running_context" in name or "router" in name for name in model.state_dict())
+    expected = logits(model, inputs)
+    if family != "vit":
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        mask[:, 0] = True
+        assert torch.equal(logits(model, {**inputs, "eas_prompt_mask": mask}), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.freeze_context()
+    assert torch.equal(logits(model, inputs), expected)
+    merged = model.merge_and_unload()
+    assert difference(logits(merged, inputs), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("context", ["prompt", "running"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_merging_with_one_path(family, context, device, tmp_path):
+    inputs = make_inputs(family, device)
+    model = make_eas(family, device, [0, 2], context, paths=1)
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum("up.0.weight" in name for name in names) == LAYERS
+    assert sum("running_context" in name for name in names) == 2  # of the skipped MHAs
+    assert not any("router" in name or "up.1" in name for name in names)
+    again = PeftModel.from_pretrained(build_model(family, device), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again, inputs), expected)
+    merged = again.merge_and_unload(context=context)
+    assert difference(logits(merged, inputs), expected) <= 1e-5
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = type(merged).from_pretrained(tmp_path / "merged").to(device).eval()
+    assert torch.equal(logits(loaded, inputs), logits(merged, inputs))
+    if family == "llama":
+        cached, uncached = (
+            loaded.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+        assert torch.equal(cached, uncached)
+
+
+def test_a_kept_mha_without_a_router_takes_part_in_packed_and_chunked_generation(device):
+    model = make_eas("llama", device, [], paths=1)
+    inputs = make_inputs("llama", device)
+    plain, chunked = (
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, **o) for o in ({}, {"prefill_chunk_size": 4})
+    )
+    assert torch.equal(plain, chunked)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,12 @@ def test_numbers_of_each_mha(family):
     assert all(row.score is None for row in rows)
 
 
+def test_adapters_with_one_path():
+    rows = eas_summary(make_eas("llama", "cpu", [0], warm=False, paths=1)).rows
+    pia, kept = 2 * (32 * 8 + 8) + (32 * 4 + 32), (32 * 4 + 4) + (32 * 2 + 32)
+    assert [row.adapter_parameters for row in rows] == [pia, kept, kept, kept]
+
+
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("family", ALL)
 def test_the_merged_model_has_the_size_that_was_foretold(family, skip):
