@@ -8,7 +8,7 @@ the arguments, and an answer may be one token or several.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -180,23 +180,28 @@ class VQACollator:
         return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.padding_side)
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, dataset: VQADataset, pad_token_id: int, batch_size: int = 128) -> float:
-    """The share of questions whose whole answer, end-of-sequence token included, greedy decoding gets right.
+    """The share of questions whose whole answer, end-of-sequence token included, greedy decoding gets right."""
+    return exact_match(model, DataLoader(dataset, batch_size=batch_size, collate_fn=VQACollator(pad_token_id)))
+
+
+@torch.no_grad()
+def exact_match(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
+    """The share of sequences in `batches`, with labels, whose whole answer greedy decoding gets right.
 
     One forward pass per batch is enough: greedy decoding gives the reference answer exactly if, with that answer fed
     in, the argmax over the full vocabulary is right at each of its positions.
     """
-    right = 0
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=VQACollator(pad_token_id))
+    right, total = 0, 0
     with _evaluation_mode(model):
-        for batch in loader:
+        for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             # The labels go along because some adapters learn from them where the prompt ends.
             predicted = model(**batch).logits[:, :-1].argmax(-1)
             labels = batch["labels"][:, 1:]
             right += ((predicted == labels) | (labels == IGNORE)).all(-1).sum().item()
-    return right / len(dataset)
+            total += len(labels)
+    return right / total
 
 
 @torch.no_grad()

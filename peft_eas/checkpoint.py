@@ -6,13 +6,13 @@ Needs nothing but torch, transformers and what they need themselves: it is a par
 import ast
 import contextlib
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
@@ -37,6 +37,38 @@ def code_text() -> str:
     return "\n\n".join([head, *map(_without_relative_imports, sources)])
 
 
+def write_code(folder: Path, base_classes: Iterable[type]) -> None:
+    """Writes the code file, and where `base_classes`, of the base model, are not transformers', what they come from.
+
+    A module that needs no other of its own package is copied and imported from there; any other is imported under its
+    own name, so that transformers asks for its package.
+    """
+    by_module: dict[str, set[str]] = {}
+    for base_class in base_classes:
+        if base_class.__module__.partition(".")[0] not in ("transformers", "__main__"):
+            by_module.setdefault(base_class.__module__, set()).add(base_class.__name__)
+    imports = []
+    for module, names in sorted(by_module.items()):
+        source = Path(sys.modules[module].__file__)
+        text, place = source.read_text(encoding="utf-8"), module
+        if _stands_alone(text, module.partition(".")[0]):
+            place = f".{source.stem}"
+            (folder / source.name).write_text(text, encoding="utf-8")
+        imports.append(f"from {place} import {', '.join(sorted(names))}\n")
+    code = code_text()
+    added = "".join(line for line in imports if line not in code)
+    (folder / CODE_FILE).write_text(f"{code}\n\n{added}" if added else code, encoding="utf-8")
+
+
+def _stands_alone(source: str, package: str) -> bool:
+    """Whether a module of `package` imports nothing of it."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    is_relative = any(isinstance(node, ast.ImportFrom) and node.level > 0 for node in nodes)
+    return not is_relative and package not in {name.partition(".")[0] for name in names}
+
+
 def _without_relative_imports(source: str) -> str:
     lines = source.splitlines()
     for node in ast.parse(source).body:
@@ -54,8 +86,13 @@ class CheckpointMixin:
         raise NotImplementedError
 
     @classmethod
+    def _base_classes(cls) -> set[type]:
+        """The base model's own classes that this class and those of `_auto_map` are made from."""
+        raise NotImplementedError
+
+    @classmethod
     def _class_named(cls, name: str) -> type[PreTrainedModel]:
-        """The merged model class of that name."""
+        """The merged model class of that name; raises AttributeError if no base is known for it."""
         raise NotImplementedError
 
     @classmethod
@@ -130,7 +167,7 @@ class CheckpointMixin:
         if not is_main_process:
             return
         folder = Path(save_directory)
-        (folder / CODE_FILE).write_text(code_text(), encoding="utf-8")
+        write_code(folder, self._base_classes())
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         for function in AFTER_SAVE:
@@ -182,10 +219,14 @@ class CheckpointMixin:
 def _saved_keys(model: PreTrainedModel) -> set[str]:
     """Names, as in `model`, of the weights of the class that the checkpoint of `model` was saved from."""
     name = (model.config.architectures or [type(model).__name__])[0]
-    if name == type(model).__name__ or not hasattr(transformers, name.removeprefix("EAS")):
+    if name == type(model).__name__:
+        return set(model.state_dict())
+    try:
+        saved_class = model._class_named(name)
+    except AttributeError:
         return set(model.state_dict())
     with torch.device("meta"):
-        saved = model._class_named(name)(model.config)
+        saved = saved_class(model.config)
     names = {key.removeprefix(f"{saved.base_model_prefix}.") for key in saved.state_dict()}
     return {key for key in model.state_dict() if key.removeprefix(f"{model.base_model_prefix}.") in names}
 

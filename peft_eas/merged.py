@@ -240,6 +240,11 @@ class MergedModelMixin(CheckpointMixin):
         classes["AutoConfig"] = cls.config_class
         return {name: f"{module}.{some_class.__name__}" for name, some_class in classes.items()}
 
+    @classmethod
+    def _base_classes(cls) -> set[type]:
+        merged = [cls, *(model_class for _, _, model_class in _auto_classes(cls.config_class))]
+        return {_stock_of(cls.config_class, MergedConfigMixin), *(_stock_of(c, CheckpointMixin) for c in merged)}
+
     # What transformers reads off the source of the stock class's module, it would look for in this one.
 
     @classmethod
@@ -252,11 +257,16 @@ class MergedModelMixin(CheckpointMixin):
 
     @classmethod
     def _stock_class(cls) -> type[PreTrainedModel]:
-        return cls.__mro__[cls.__mro__.index(CheckpointMixin) + 1]
+        return _stock_of(cls, CheckpointMixin)
 
     @classmethod
     def _class_named(cls, name: str) -> type[PreTrainedModel]:
         return globals()[name] if name in globals() else __getattr__(name)
+
+
+def _stock_of(merged: type, mixin: type) -> type:
+    """The class that `merged` was made from; `mixin` is the last one before it."""
+    return merged.__mro__[merged.__mro__.index(mixin) + 1]
 
 
 _CLASSES: dict[type, type] = {}
@@ -286,11 +296,26 @@ def _subclass(stock: type, mixin: type, **attributes: Any) -> type:
 def register_family(model_type: str) -> type[PreTrainedConfig]:
     """Lets the Auto classes load merged models whose base has the type `model_type`.
 
-    The families of `FAMILIES` are registered on import; call this for one whose row you added yourself.
+    The families of `FAMILIES` are registered on import. For a model that is not transformers' own, call this where it
+    is registered with the Auto classes, so that whoever imports its module can load its merged checkpoints.
+
+    Raises:
+        ValueError: if the Auto classes do not know `model_type`.
     """
+    check_registered(model_type)
     config_class = merged_config_class(CONFIG_MAPPING[model_type])
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     return config_class
+
+
+def check_registered(model_type: str) -> None:
+    """Raises ValueError if the Auto classes do not know `model_type`."""
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The Auto classes do not know the model type {model_type!r}, so that they could not load it merged. "
+            f"Register its classes first: AutoConfig.register({model_type!r}, ...) and AutoModel.register(...), or "
+            "that of its task."
+        )
 
 
 def register_models(config_class: type[PreTrainedConfig]) -> None:
@@ -305,7 +330,7 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
 
 def _auto_classes(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, type, type[PreTrainedModel]]]:
     """Yields (name of an Auto class, that class, the merged model class that it shall load for `config_class`)."""
-    stock = config_class.__mro__[config_class.__mro__.index(MergedConfigMixin) + 1]
+    stock = _stock_of(config_class, MergedConfigMixin)
     for name in modeling_auto.__all__:
         auto_class = getattr(modeling_auto, name)
         mapping = getattr(auto_class, "_model_mapping", None)
@@ -351,8 +376,24 @@ def __getattr__(name: str) -> type:
     """Builds `EASLlamaForCausalLM` and the like on first use, so that they can be imported and unpickled by name."""
     if not name.startswith("EAS"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    stock = getattr(importlib.import_module("transformers"), name.removeprefix("EAS"))
+    stock = _stock_named(name.removeprefix("EAS"))
+    if stock is None:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}: neither transformers nor its Auto classes know "
+            f"{name.removeprefix('EAS')}. Import the module that defines and registers it first."
+        )
     return (merged_config_class if issubclass(stock, PreTrainedConfig) else merged_model_class)(stock)
+
+
+def _stock_named(name: str) -> type | None:
+    """A base model's class: one that was saved beside this file, transformers', or one that is registered there."""
+    if name in globals():
+        return globals()[name]
+    registered = list(CONFIG_MAPPING._extra_content.values())
+    for auto in map(vars(modeling_auto).get, modeling_auto.__all__):
+        registered += getattr(getattr(auto, "_model_mapping", None), "_extra_content", {}).values()
+    own = next((found for found in registered if getattr(found, "__name__", None) == name), None)
+    return own or getattr(importlib.import_module("transformers"), name, None)
 
 
 for _family in FAMILIES:

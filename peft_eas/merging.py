@@ -19,7 +19,7 @@ from .checks import check_whole
 from .fold import shift_before
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
-from .merged import FORMAT, relative_name, turn_into_merged
+from .merged import FORMAT, check_registered, relative_name, turn_into_merged
 from .provenance import origin
 
 
@@ -131,6 +131,7 @@ class MergingTuner(BaseTuner):
                 f"{type(self.model).__name__}. Give the transformers model inside it to get_peft_model, or fold in "
                 "place with merge_adapter()."
             )
+        check_registered(self.model.config_class.model_type)
 
     def _choose_trained_modules(self, names: list[str]) -> None:
         """Lets PEFT leave the modules_to_save of the adapters `names` in the model, or without any the base's.

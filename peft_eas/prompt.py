@@ -154,6 +154,14 @@ class ByThread(Generic[T]):
         return self._values.pop(0, None) if value is None else value
 
 
+def _check_mask(mask: Any) -> None:
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"{PROMPT_MASK_KEY} of type {type(mask).__name__} was received. Pass a boolean tensor of the shape of "
+            "input_ids, True for the prompt's tokens."
+        )
+
+
 class PromptHook:
     """Pre-hook on the base model that marks the prompt for the layers beneath.
 
@@ -196,7 +204,9 @@ class PromptHook:
             self.model.__dict__.pop(name, None)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self.generation(*args, **kwargs):
+        # transformers would refuse it there; the tokens that are generated are none of the prompt's.
+        mask = None if self._decodes_encoded else kwargs.pop(PROMPT_MASK_KEY, None)
+        with self.generation(mask, *args, **kwargs):
             return type(self.model).generate(self.model, *args, **kwargs)
 
     def _note_decoder_start(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -222,6 +232,7 @@ class PromptHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self.was_used = True
         mask = kwargs.pop(PROMPT_MASK_KEY, None)
+        _check_mask(mask)
         if PROMPT_KEY in kwargs:  # marked already by a model around this one
             self._current.put(kwargs[PROMPT_KEY])
             return args, kwargs
@@ -232,11 +243,6 @@ class PromptHook:
         if mask is None:
             names = inspect.signature(module.forward).parameters if args else ()
             mask = functools.partial(self._mask, module, {**dict(zip(names, args)), **kwargs})
-        elif not isinstance(mask, torch.Tensor):
-            raise ValueError(
-                f"{PROMPT_MASK_KEY} of type {type(mask).__name__} was received. Pass a boolean tensor of the shape of "
-                "input_ids, True for the prompt's tokens."
-            )
         else:
             mask = mask.bool()
         prompt = Prompt(mask, is_given)
@@ -244,14 +250,17 @@ class PromptHook:
         return args, {**kwargs, PROMPT_KEY: prompt}
 
     @contextmanager
-    def generation(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def generation(self, prompt_mask: torch.Tensor | None, *args: Any, **kwargs: Any) -> Iterator[None]:
         """While `generate(*args, **kwargs)` runs: the prompt is what it is given at its start.
 
-        In assisted decoding the first forward pass already holds candidate tokens, so that it cannot tell.
+        Or those of its tokens that `prompt_mask`, (B, T), marks. In assisted decoding the first forward pass already
+        holds candidate tokens, so that it cannot tell.
 
         Raises:
-            ValueError: for chunked prefill, which computes the first chunk before the prompt is known.
+            ValueError: for chunked prefill, which computes the first chunk before the prompt is known; for a mask that
+                is none.
         """
+        _check_mask(prompt_mask)
         tokens = next(
             (kwargs[key] for key in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(key) is not None),
             args[0] if args else None,
@@ -266,7 +275,8 @@ class PromptHook:
         thread = threading.get_ident()
         outer = self._generations.pop(thread, None)
         if isinstance(tokens, torch.Tensor) and not self._decodes_encoded:
-            self._generations[thread] = (tokens, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask") if prompt_mask is None else prompt_mask
+            self._generations[thread] = (tokens, mask)
         try:
             yield
         finally:

@@ -388,12 +388,13 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        eas_prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> LavinOutput:
         """Computes logits (B, T, vocabulary), and the loss on `labels` (B, T), which are -100 where nothing is learnt.
 
         Other arguments as in `LavinModel.forward`; `logits_to_keep` is how many of the last logits are wanted, 0 for
-        all.
+        all. `eas_prompt_mask`, which adapters take out of the inputs, is of no use to the model itself.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -424,3 +425,10 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
 AutoConfig.register(LavinConfig.model_type, LavinConfig, exist_ok=True)
 AutoModel.register(LavinConfig, LavinModel, exist_ok=True)
 AutoModelForImageTextToText.register(LavinConfig, LavinForConditionalGeneration, exist_ok=True)
+
+try:  # so that whoever imports this module can load merged models
+    from peft_eas.merged import register_family
+except ImportError:  # as where this file lies beside a merged model's weights
+    pass
+else:
+    register_family(LavinConfig.model_type)

@@ -1,0 +1,196 @@
+"""A model that is defined outside of transformers: merged, saved, and loaded wherever it may be."""
+
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from peft_eas import EASConfig
+from peft_eas.checkpoint import CODE_FILE
+from peft_eas.merged import register_family
+
+MODULE = """
+from torch import nn
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedConfig, PreTrainedModel
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+{extra}
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+    sub_configs = {{"text_config": LlamaConfig}}
+    text_config: dict | LlamaConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        self.text_config = self.text_config or {{}}
+        if isinstance(self.text_config, dict):
+            self.text_config = LlamaConfig(**self.text_config)
+        super().__post_init__(**kwargs)
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+        return self.text(input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+                         use_cache=use_cache, **kwargs)
+
+
+class OwnForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = OwnConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OwnModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+        outputs = self.model(input_ids, attention_mask, past_key_values, use_cache, **kwargs)
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(outputs.last_hidden_state), past_key_values=outputs.past_key_values
+        )
+
+
+AutoConfig.register("own", OwnConfig, exist_ok=True)
+AutoModel.register(OwnConfig, OwnModel, exist_ok=True)
+AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM, exist_ok=True)
+"""
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 31}
+SKIPPED = ["model.text.layers.0.self_attn", "model.text.layers.2.self_attn"]
+# Loads, compares, saves, and loads that.
+WORKER = """
+import json, sys, torch, transformers
+kind, source, folder, expected, again = json.loads(sys.argv[1])
+sys.path.insert(0, source)
+modules = kind == "with package and module"
+if modules:
+    import own_whole
+    import peft_eas.merged
+    peft_eas.merged.register_family("own")
+options = {} if modules else {"trust_remote_code": True}
+ids, logits = torch.load(expected)
+for where in (folder, again):
+    model = transformers.AutoModelForCausalLM.from_pretrained(where, **options).eval()
+    assert type(model).__name__ == "EASOwnForCausalLM"
+    assert torch.equal(model(ids).logits, logits), where
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 8)
+    body = transformers.AutoModel.from_pretrained(where, **options)
+    assert type(body).__name__ == "EASOwnModel"
+    model.save_pretrained(again)
+assert modules or not any(name.startswith(("peft_eas", "own_whole")) for name in sys.modules)
+"""
+
+
+def own_module(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: str = ""):
+    """The module, written and imported as a user's own."""
+    (folder / f"{name}.py").write_text(MODULE.format(extra=extra))
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop(name, None)
+    module = importlib.import_module(name)
+    register_family("own")
+    return module
+
+
+def merged_model(module, context: str = "running"):
+    torch.manual_seed(0)
+    base = module.OwnForCausalLM(module.OwnConfig(text_config=TEXT)).eval()
+    config = EASConfig(task_type="CAUSAL_LM", skipped_modules=SKIPPED, r=4, attention_r=2, init_weights=False)
+    return get_peft_model(base, config).eval().merge_and_unload(context=context)
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    module = own_module("own_whole", source, monkeypatch)
+    merged = merged_model(module)
+    merged.save_pretrained(tmp_path / "merged")
+    ids = torch.arange(10).reshape(2, 5)
+    torch.save((ids, merged(ids).logits.detach()), tmp_path / "expected.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["with package and module", "with neither"])
+def test_in_another_process(kind, saved):
+    arguments = [kind, *(str(saved / name) for name in ("source", "merged", "expected.pt", "again"))]
+    if kind == "with neither":
+        arguments[1] = str(saved / "nowhere")
+    process = subprocess.run(
+        [sys.executable, "-c", WORKER, json.dumps(arguments)], capture_output=True, text=True, cwd=saved, check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+@pytest.mark.parametrize("context", ["running", "prompt"])
+def test_save_and_load(context, tmp_path, monkeypatch):
+    module = own_module("own_whole", tmp_path, monkeypatch)
+    merged = merged_model(module, context)
+    ids = torch.arange(10).reshape(2, 5)
+    expected = merged(ids).logits
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(loaded) is type(merged)
+    assert torch.equal(loaded(ids).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(loaded))(ids).logits, expected)
+    body = AutoModel.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.lm_head(body(ids).last_hidden_state), expected)
+    body.save_pretrained(tmp_path / "body")
+    headed = AutoModelForCausalLM.from_pretrained(tmp_path / "body")  # with a new head
+    assert torch.equal(headed.model(ids).last_hidden_state, body(ids).last_hidden_state)
+
+
+def test_a_module_that_needs_its_package_is_asked_for(tmp_path, monkeypatch):
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "part.py").write_text("")
+    (package / "modeling.py").write_text(MODULE.format(extra="from own_package import part"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("own_package.modeling")
+    register_family("own")
+    merged_model(module).save_pretrained(tmp_path / "merged")
+    code = (tmp_path / "merged" / CODE_FILE).read_text()
+    assert code.endswith("from own_package.modeling import OwnConfig, OwnForCausalLM, OwnModel\n")
+    assert not (tmp_path / "merged" / "modeling.py").exists()
+    monkeypatch.undo()
+    for name in ("own_package", "own_package.modeling", "own_package.part"):
+        sys.modules.pop(name, None)
+    with pytest.raises(ImportError, match="own_package"):
+        get_class_from_dynamic_module("modeling_eas.EASOwnConfig", str(tmp_path / "merged"))
+
+
+def test_a_model_that_is_not_registered_is_refused_before_anything_changes(tmp_path, monkeypatch):
+    module = own_module("own_whole", tmp_path, monkeypatch)
+    config = type("StrayConfig", (module.OwnConfig,), {"model_type": "stray"})
+    stray = type("StrayModel", (module.OwnForCausalLM,), {"config_class": config, "config": config})
+    base = stray(config(text_config=TEXT)).eval()
+    model = get_peft_model(base, EASConfig(task_type="CAUSAL_LM", skipped_modules=SKIPPED, r=4, attention_r=2))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"do not know the model type 'stray'.*AutoConfig.register\('stray'"):
+        model.merge_and_unload()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"do not know the model type 'nothing'"):
+        register_family("nothing")
+
+
+def test_a_class_that_nobody_knows():
+    with pytest.raises(AttributeError, match=r"EASNobodysModel.*Import the module that defines"):
+        importlib.import_module("peft_eas.merged").EASNobodysModel  # noqa: B018
