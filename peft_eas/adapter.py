@@ -223,6 +223,7 @@ class InputAdapter(RoutedAdapter):
     """The adapter at the input of a kept MHA: z + s Σ_e g_e U_e dropout(C z).
 
     It has no context path; the context, shape (B, d) or (1, d), only drives the router, and may be None without one.
+    With one path it also is what PIA is with context="none": each token's own, C z, is all that enters the bottleneck.
     Arguments and errors are those of `RoutedAdapter`.
     """
 

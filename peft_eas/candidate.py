@@ -16,7 +16,7 @@ class Candidate:
         layer_idx: the MHA's slot of the KV cache, or None where there is none, as for a cross-attention.
         current: returns the prompt of the forward pass that is under way.
         configs: by adapter name, the configs of the adapters that have this MHA as a target.
-        skipped_by: names of the adapters that skip it.
+        skipped_by: names of the adapters that skip it. kept_by: of those that never skip it.
         call: the MHA's call, left for the FFN of the same forward pass, which is given less.
     """
 
@@ -35,6 +35,7 @@ class Candidate:
         self.current = current
         self.configs: dict[str, EASConfig] = {}
         self.skipped_by: set[str] = set()
+        self.kept_by: set[str] = set()
         self.call: ByThread[Call] = ByThread()
 
     @property

@@ -30,7 +30,11 @@ TAGS = ["arxiv:2403.15226", "efficient-attention-skipping", "peft_eas"]
 PAPER = "[Efficient Attention Skipping](https://arxiv.org/abs/2403.15226)"
 PLACEHOLDER = "path/or/hub-name/of/this/repository"
 ADAPTER_TAG, PEFT_VERSION = "base_model:adapter:", "- PEFT "
-CONTEXTS = {"prompt": "the mean of each prompt", "running": "fixed, the mean of the prompts seen in training"}
+CONTEXTS = {
+    "prompt": "the mean of each prompt",
+    "running": "fixed, the mean of the prompts seen in training",
+    "none": "none, the adapters read each token alone",
+}
 # Which Auto class loads a model class, and the Hub's name of its task; the first that fits.
 AUTO_CLASSES = {
     "AutoModelForImageTextToText": "image-text-to-text",
@@ -83,6 +87,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
             facts,
             task,
             ("Attentions skipped", count),
+            ("Attentions never skipped", _kept(facts)),
             ("Rank", _ranks(facts)),
             ("Up-projections", _paths(facts)),
             ("Context", CONTEXTS[facts["context"]]),
@@ -115,6 +120,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
     deleted = [name for name in candidates if any(is_same_mha(name, path) for path in record["skipped"])]
     count = f"{len(deleted)} of {len(candidates)}"
     size, base_size, trained = model.num_parameters(), facts.get("base_parameters"), facts.get("trainable_parameters")
+    context = facts.get("context") if facts.get("context") == "none" else record.get("context") or facts.get("context")
     change = f" ({100 * (size / base_size - 1):+.1f} % against the base)" if base_size else ""
     fate = "stand there" if record.get("adapters") else "are folded into the weights"
     has_code = (folder / CODE_FILE).exists()
@@ -127,9 +133,10 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
             facts,
             task,
             ("Attentions deleted", count),
+            ("Attentions never skipped", _kept(facts)),
             ("Rank of the adapters", _ranks(facts)),
             ("Up-projections", _paths(facts)),
-            ("Context", CONTEXTS.get(record.get("context") or facts.get("context"), "")),
+            ("Context", CONTEXTS.get(context, "")),
             ("Parameters", f"{size:,}{change}"),
             ("Parameters trained", f"{trained:,}" if trained else ""),
         ),
@@ -182,6 +189,10 @@ def _ranks(facts: dict[str, Any]) -> str:
         return ""
     kept = f"{facts['attention_r']} for a kept one" if facts["attention_r"] else "no adapter for a kept one"
     return f"{facts['r']} for a skipped attention, {kept}"
+
+
+def _kept(facts: dict[str, Any]) -> str:
+    return f"{len(facts['kept'])} more, with adapters" if facts.get("kept") else ""
 
 
 def _paths(facts: dict[str, Any]) -> str:

@@ -72,11 +72,11 @@ def _check_row(block: nn.Module, block_name: str, row: Architecture) -> None:
 
 
 def find_targets(config: EASConfig, model: nn.Module) -> Targets:
-    """The MHAs that the config names, in the model's order.
+    """The MHAs that the config names, those that it keeps among them, in the model's order.
 
     Raises:
-        ValueError: if the targets match none, or something else; if all are excluded, or none by a name that is to be;
-            if modules_to_save names what is wrapped, or nothing.
+        ValueError: if the targets match none, or something else; if all are excluded, or none is excluded or kept by a
+            name that is to be; if modules_to_save names what is wrapped, or nothing.
     """
     known = skippable_mhas(model)
     names = set(default_targets(model)) & set(known)
@@ -91,19 +91,21 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
             f"{shorten(known)}. Name some of these, give a regular expression that matches only them, or leave "
             "target_modules out."
         )
+    names |= {name for name in known if matches(config.kept_modules, name)}
     targets = {name: known[name] for name in known if name in names and not matches(config.exclude_modules, name)}
     if not targets:
         raise ValueError(
             f"exclude_modules={config.exclude_modules!r} leaves none of the {len(names)} target MHAs "
             f"({shorten(sorted(names))}). Exclude fewer."
         )
-    patterns = config.exclude_modules or ()
-    for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
-        if not any(matches(pattern if isinstance(patterns, str) else {pattern}, name) for name in known):
-            raise ValueError(
-                f"exclude_modules={config.exclude_modules!r}: {pattern!r} matches nothing that could be skipped. The "
-                f"MHAs of {type(model).__name__} are: {shorten(known)}. Name some of these, or leave it out."
-            )
+    for field in ("exclude_modules", "kept_modules"):
+        patterns = getattr(config, field) or ()
+        for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
+            if not any(matches(pattern if isinstance(patterns, str) else {pattern}, name) for name in known):
+                raise ValueError(
+                    f"{field}={patterns!r}: {pattern!r} matches nothing that could be skipped. The MHAs of "
+                    f"{type(model).__name__} are: {shorten(known)}. Name some of these, or leave it out."
+                )
     _check_modules_to_save(config, model, targets)
     return targets
 
@@ -141,7 +143,7 @@ def _outer_names(model: nn.Module) -> Iterator[str]:
 
 
 def matches(patterns: set[str] | str | None, name: str) -> bool:
-    """Whether the full name of a module is one that `target_modules` or `exclude_modules` name, as PEFT reads them."""
+    """Whether the full name of a module is one that `target_modules` and its like name, as PEFT reads them."""
     if not patterns:
         return False
     probe = EASConfig(target_modules=patterns if isinstance(patterns, str) else list(patterns))
@@ -167,13 +169,20 @@ def prompt_root(config: EASConfig, model: nn.Module, targets: Targets) -> nn.Mod
     return model
 
 
-def check_skip_fields(config: EASConfig, targets: list[str]) -> None:
-    """Raises a ValueError unless `skipped_modules` and `num_skip` fit the target MHAs."""
-    check_names(config.skipped_modules or (), targets)
-    if (config.num_skip or 0) > len(targets):
+def check_skip_fields(config: EASConfig, targets: Iterable[str]) -> None:
+    """Raises a ValueError unless `skipped_modules` and `num_skip` fit the target MHAs that are not kept."""
+    candidates = [name for name in targets if not matches(config.kept_modules, name)]
+    both = [name for name in config.skipped_modules or () if name in targets and name not in candidates]
+    if both:
         raise ValueError(
-            f"num_skip={config.num_skip}, but this model has {len(targets)} MHAs that may be skipped "
-            f"({shorten(targets)}). Choose num_skip from 0 to {len(targets)}."
+            f"skipped_modules names {shorten(both)}, which kept_modules={config.kept_modules!r} never skips. Take it "
+            "out of one of them."
+        )
+    check_names(config.skipped_modules or (), candidates)
+    if (config.num_skip or 0) > len(candidates):
+        raise ValueError(
+            f"num_skip={config.num_skip}, but this model has {len(candidates)} MHAs that may be skipped "
+            f"({shorten(candidates)}). Choose num_skip from 0 to {len(candidates)}."
         )
 
 

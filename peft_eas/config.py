@@ -65,6 +65,13 @@ class EASConfig(PeftConfig):
         default=None,
         metadata={"help": "MHAs among the targets that get no adapter and are never skipped; same forms."},
     )
+    kept_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "MHAs that get the adapter of a kept MHA but are never skipped, among the targets or besides "
+            "them, such as a vision tower's beside a text model's; same forms. What is excluded too gets no adapter."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules besides the adapters, such as a new head, that are trained and saved."},
@@ -95,7 +102,7 @@ class EASConfig(PeftConfig):
         default=2,
         metadata={
             "help": "Number of up-projections that an adapter's router mixes, by the context. 1: one up-projection "
-            "and no router, as the paper has it for METER."
+            "and no router, as the paper has it for METER; always so with context='none'."
         },
     )
     router_temperature: float = field(
@@ -104,11 +111,13 @@ class EASConfig(PeftConfig):
     dropout: float = field(
         default=0.1, metadata={"help": "Probability of dropping a unit of the bottleneck in training, in [0, 1)."}
     )
-    context: Literal["prompt", "running"] = field(
+    context: Literal["prompt", "running", "none"] = field(
         default="prompt",
         metadata={
             "help": "'prompt': the mean over each sequence's own prompt (the paper). 'running': the running mean of "
-            "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'."
+            "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'. 'none': "
+            "adapters that read nothing but each token itself, z + s U dropout(C z), with one path and no router; "
+            "always exact under a merge."
         },
     )
     init_weights: bool = field(
@@ -140,7 +149,7 @@ class EASConfig(PeftConfig):
 
     def _check_names(self) -> None:
         what = "a list of names of modules, or of their endings"
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "kept_modules", "modules_to_save"):
             value, is_pattern = getattr(self, name), name != "modules_to_save"
             if value is None:
                 continue
@@ -172,6 +181,9 @@ class EASConfig(PeftConfig):
         for name in ("r", "attention_r"):
             rank = getattr(self, name)
             require(name, rank % self.groups == 0, f"a multiple of groups={self.groups}")
+        if self.kept_modules:
+            what = "at least 1 with kept_modules, whose MHAs have no other adapter; else name them in exclude_modules"
+            require("attention_r", self.attention_r > 0, what)
         require("scale", is_finite(self.scale), "a finite number")
         require(
             "router_temperature",
@@ -179,7 +191,10 @@ class EASConfig(PeftConfig):
             "a finite number above 0",
         )
         require("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
-        require("context", self.context in ("prompt", "running"), "'prompt' or 'running'")
+        require("context", self.context in ("prompt", "running", "none"), "'prompt', 'running' or 'none'")
+        if self.context == "none":  # without a context there is nothing to route by; 2 may be the default
+            require("paths", self.paths in (1, 2), "left out, or 1, with context='none', which has no router")
+            self.paths = 1
         require("init_weights", isinstance(self.init_weights, bool), "True or False")
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
@@ -223,7 +238,11 @@ class EASConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary; during a search with the skip set in force as `skipped_modules`."""
         values = super().to_dict()
-        for name in ("target_modules", "exclude_modules"):  # sets, which would be written in another order each time
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "kept_modules",
+        ):  # sets, which would be written in another order each time
             if isinstance(values[name], set):
                 values[name] = sorted(values[name])
         if self.skipped_modules is None and getattr(self, "_skipped_now", None) is not None:

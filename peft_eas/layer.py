@@ -58,8 +58,10 @@ class EASLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     def extra_repr(self) -> str:
-        skipped_by = sorted(self.candidate.skipped_by)
-        return f"MHA skipped by {skipped_by}" if skipped_by else "MHA kept"
+        candidate = self.candidate
+        if candidate.skipped_by:
+            return f"MHA skipped by {sorted(candidate.skipped_by)}"
+        return "MHA never skipped" if candidate.kept_by == set(candidate.configs) else "MHA kept"
 
     @property
     def adapter_in_force(self) -> str | None:
@@ -76,6 +78,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.candidate.configs.pop(adapter_name, None)
         self.candidate.skipped_by.discard(adapter_name)
+        self.candidate.kept_by.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -147,9 +150,10 @@ class AdaptedLayer(EASLayer):
 
     def add_adapter(self, adapter_name: str, config: EASConfig, width: int) -> None:
         """Creates the adapter `adapter_name` for a model of width `width` if `config` can ever use it here."""
-        if not self._has_use(config):
+        if not self._has_use(adapter_name, config):
             return
-        self.adapters[adapter_name] = self.adapter_class(
+        adapter_class = InputAdapter if config.context == "none" else self.adapter_class
+        self.adapters[adapter_name] = adapter_class(
             width,
             config.r if self.stands_for_skipped else config.attention_r,
             groups=config.groups,
@@ -165,8 +169,8 @@ class AdaptedLayer(EASLayer):
         if adapter.needs_context:
             adapter.running_context = adapter.running_context.float()
 
-    def _has_use(self, config: EASConfig) -> bool:
-        if not self.stands_for_skipped and config.attention_r == 0:
+    def _has_use(self, adapter_name: str, config: EASConfig) -> bool:
+        if not self.could_use(adapter_name):
             return False
         if config.skipped_modules is None:
             return bool(config.num_skip) or not self.stands_for_skipped
@@ -180,7 +184,9 @@ class AdaptedLayer(EASLayer):
 
     def could_use(self, adapter_name: str) -> bool:
         """Whether some skip set gives the adapter `adapter_name` a use here."""
-        return self.stands_for_skipped or self.candidate.configs[adapter_name].attention_r > 0
+        if self.stands_for_skipped:
+            return adapter_name not in self.candidate.kept_by
+        return self.candidate.configs[adapter_name].attention_r > 0
 
     def drop_unused_adapter(self, adapter_name: str) -> None:
         """Deletes the adapter `adapter_name` if the MHA, as it is skipped or kept now, has no use for it."""

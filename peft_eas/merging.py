@@ -67,8 +67,9 @@ class MergingTuner(BaseTuner):
             safe_merge: whether to look for NaN and infinity first. adapter_names: the adapter to merge, by default the
                 active one; or several that skip the same MHAs, which add up, each to what the others read.
             context: "running", the default: the adapters are folded with their running context, exact for an adapter
-                whose context is frozen. "prompt": the adapters of an adapter with context="prompt" stay in front of
-                the projections, as two thin factors that each prompt decides once; exact for any batch.
+                whose context is frozen or that has none. "prompt": the adapters of an adapter with context="prompt"
+                stay in front of the projections, as two thin factors that each prompt decides once; exact for any
+                batch.
 
         Raises:
             TypeError: for a projection that is sharded, of another kind, or quantised in a way that cannot be written
@@ -152,10 +153,12 @@ class MergingTuner(BaseTuner):
                 f"context='prompt' keeps the adapters, of which one can stay, but adapter_names={names} was received. "
                 "Name one, or merge with context='running'."
             )
-        if context == "prompt" and self.peft_config[names[0]].context == "running":
+        of_adapter = self.peft_config[names[0]].context
+        if context == "prompt" and of_adapter != "prompt":
+            has = "a frozen context" if of_adapter == "running" else "no context"
             raise ValueError(
-                f"The adapter {names[0]!r} has a frozen context (context='running'), so there is nothing for a prompt "
-                "to decide. Merge it with merge_and_unload() alone, which is exact."
+                f"The adapter {names[0]!r} has {has} (context={of_adapter!r}), so there is nothing for a prompt to "
+                "decide. Merge it with merge_and_unload() alone, which is exact."
             )
 
     def _warn_without_search(self, name: str) -> None:

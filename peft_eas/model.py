@@ -19,6 +19,7 @@ from .checks import (
     check_skip_fields,
     check_state_dict,
     find_targets,
+    matches,
     prompt_root,
     skippable_mhas,
 )
@@ -73,7 +74,7 @@ class EASModel(MergingTuner):
     def _prepare_model(self, peft_config: EASConfig, model: nn.Module) -> None:
         """Checks the config against the model before any change, and writes the targets and base shape into it."""
         targets = find_targets(peft_config, model)
-        check_skip_fields(peft_config, list(targets))
+        check_skip_fields(peft_config, targets)
         shape = check_base(peft_config, model, targets)
         root = prompt_root(peft_config, model, targets)
         # Another EASModel, such as transformers makes for each adapter, may have wrapped the model before.
@@ -81,6 +82,7 @@ class EASModel(MergingTuner):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_name_is_free(name, peft_config, present)
         peft_config.base_shape = shape
+        self._targets = set(targets)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(targets)
         if not hasattr(self, "_candidates"):
@@ -114,6 +116,10 @@ class EASModel(MergingTuner):
                 "out with unload() first."
             )
 
+    def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
+        # PEFT knows nothing of kept_modules.
+        return key in self._targets or super()._check_target_module_exists(peft_config, key)
+
     def _create_and_replace(
         self,
         peft_config: EASConfig,
@@ -128,6 +134,8 @@ class EASModel(MergingTuner):
         if candidate is None or adapter_name in candidate.configs:
             return
         candidate.configs[adapter_name] = peft_config
+        if matches(peft_config.kept_modules, candidate.name):
+            candidate.kept_by.add(adapter_name)
         if candidate.name in (peft_config.skipped_modules or ()):
             candidate.skipped_by.add(adapter_name)
         row = candidate.architecture
@@ -218,10 +226,11 @@ class EASModel(MergingTuner):
     def freeze_context(self) -> None:
         """Switches the active adapter to context="running" for good: what is trained from here on is folded as it is.
 
-        Warns where no prompt was seen yet, so that the running mean is zero.
+        Warns where no prompt was seen yet, so that the running mean is zero. Where the context is not the prompt,
+        there is nothing to do.
         """
         config = self._active_config
-        if config.context == "running":
+        if config.context != "prompt":
             return
         self.sync_context()
         adapters = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]
@@ -237,9 +246,9 @@ class EASModel(MergingTuner):
     def sync_context(self) -> None:
         """Makes the running contexts equal on all ranks, to their mean. Call once per optimizer step while training.
 
-        Without torch.distributed, and once the context is frozen, there is nothing to do.
+        Without torch.distributed, and where the context is not the prompt (any longer), there is nothing to do.
         """
-        if self._active_config.context == "running" or not torch.distributed.is_initialized():
+        if self._active_config.context != "prompt" or not torch.distributed.is_initialized():
             return
         adapters = [
             layer.adapters[self._active_name]
@@ -268,7 +277,8 @@ class EASModel(MergingTuner):
     @property
     def candidates(self) -> list[str]:
         """Full names of the MHAs that the active adapter may skip, in the model's order."""
-        return [name for name, candidate in self._candidates.items() if self._active_name in candidate.configs]
+        active = self._active_name
+        return [name for name, one in self._candidates.items() if active in one.configs and active not in one.kept_by]
 
     @property
     def skipped_modules(self) -> list[str]:

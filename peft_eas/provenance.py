@@ -34,7 +34,8 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     """Where a model merged with this adapter comes from, as values for JSON: the merged config keeps it.
 
     `base_model` is the base's id on the Hub, or None; `base_name` is what to call it, without the path of a folder;
-    `license` holds the fields about it of the base's own card. A base that was merged before, and has no id on the
+    `license` holds the fields about it of the base's own card; `candidates` and `kept` name the MHAs that may be
+    skipped and those that never are. A base that was merged before, and has no id on the
     Hub, counts as the base that it came from.
     """
     from . import __version__  # the package imports this module
@@ -55,7 +56,8 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     return {
         **base,
         "task_type": getattr(config.task_type, "value", config.task_type),
-        "candidates": earlier.get("candidates") or candidates_of(eas, adapter_name),
+        "candidates": earlier.get("candidates") or _mhas_of(eas, adapter_name, never_skipped=False),
+        "kept": earlier.get("kept") or _mhas_of(eas, adapter_name, never_skipped=True),
         "scores": config.scores,
         "r": config.r,
         "attention_r": config.attention_r,
@@ -89,10 +91,11 @@ def is_same_mha(name: str, relative: str) -> bool:
     return f".{name}".endswith(f".{relative}")
 
 
-def candidates_of(eas: "EASModel", adapter_name: str) -> list[str]:
-    """Full names of the MHAs that the adapter may skip, whichever adapter is active."""
-    layers = (module for module in eas.model.modules() if isinstance(module, MHALayer))
-    return [layer.candidate.name for layer in layers if adapter_name in layer.candidate.configs]
+def _mhas_of(eas: "EASModel", adapter_name: str, never_skipped: bool) -> list[str]:
+    """Full names of the MHAs that the adapter never skips, or of those that it may, whichever adapter is active."""
+    mhas = (module.candidate for module in eas.model.modules() if isinstance(module, MHALayer))
+    own = (mha for mha in mhas if adapter_name in mha.configs)
+    return [mha.name for mha in own if (adapter_name in mha.kept_by) == never_skipped]
 
 
 def saved_numbers(eas: "EASModel", adapter_name: str) -> int:

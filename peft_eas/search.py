@@ -27,7 +27,8 @@ class EASSearch:
     - "warm-up": each optimizer step trains with `num_skip` MHAs drawn at random skipped.
     - "search": the same, drawn from p; every `interval` steps, `num_candidates` sets are compared on a held-out batch.
     - "tune": the best set is skipped for good.
-    - "frozen": the same, with context="running", so that what is trained is exactly what a merge folds.
+    - "frozen": the same, with context="running", so that what is trained is exactly what a merge folds. With
+      context="none" there is nothing to freeze, and the run ends in "tune".
 
     Call `before_step()` before the forward pass and `after_step()` after the optimizer's step:
 
@@ -233,7 +234,7 @@ class EASSearch:
             else:
                 self._fix(state["skipped_modules"])
         self.step, self._has_drawn = state["step"], False
-        if self._is_freeze_due:
+        if self._is_freeze_due and self._config.context == "prompt":
             self._config.context = "running"  # the running contexts come with the weights
 
     # --- the search ------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def check_context_of_batches(trainer: Trainer, eas: EASModel) -> None:
     does not.
     """
     args = trainer.args
-    if eas.peft_config[eas.active_adapters[0]].context == "running":
+    if eas.peft_config[eas.active_adapters[0]].context != "prompt":
         return
     # TRL's settings, and the collator of transformers.
     packing = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name, None)]

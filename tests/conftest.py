@@ -136,7 +136,7 @@ def add_eas(
         "dropout": 0.0,
         "init_weights": False,
     }
-    config = EASConfig(**{**defaults, **options}, context="prompt")
+    config = EASConfig(**{**defaults, **options}, context="none" if context == "none" else "prompt")
     torch.manual_seed(1)
     model = get_peft_model(model, config)
     if warm:

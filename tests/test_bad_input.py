@@ -283,7 +283,8 @@ def change_config(folder, **changes):
         ({"skipped_modules": ["model.layers.7.self_attn"]}, r"layers\.7.*cannot be skipped"),
         ({"num_skip": 3}, r"num_skip=3 contradicts skipped_modules"),
         ({"attention_r": 0}, r"do not fit.*self_attn"),
-        ({"context": "image"}, r"context must be 'prompt' or 'running'"),
+        ({"context": "image"}, r"context must be 'prompt', 'running' or 'none'"),
+        ({"context": "none"}, r"do not fit.*no place in the model"),
     ],
 )
 def test_a_config_that_was_changed_by_hand(changes, message, folder, device):

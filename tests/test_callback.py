@@ -294,9 +294,10 @@ def test_labels_kept_from_the_model_are_refused_with_the_prompt_as_context(tmp_p
     value = 0.1 if option == "label_smoothing_factor" else loss_of
     message = f"With {option}.*cannot tell the prompt from the answer.*context='running'"
     refuse(make_trainer(tmp_path, EASCallback(**SCHEDULE), **{option: value}), message)
-    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), make_model(context="running"), **{option: value})
-    trainer.train()
-    assert len(trainer.model.base_model.skipped_modules) == 2
+    for context in ("running", "none"):
+        trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), make_model(context=context), **{option: value})
+        trainer.train()
+        assert len(trainer.model.base_model.skipped_modules) == 2
 
 
 def test_a_model_without_eas_is_refused(tmp_path):

@@ -82,6 +82,26 @@ def rows(card):
     return {label: value for label, value in found if not label.startswith(("`", "---"))}
 
 
+def test_without_a_context(tmp_path):
+    model = make_eas("llama", "cpu", SKIPS["half"], "none")
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for kind in KINDS:
+        facts = rows(ModelCard.load(tmp_path / kind / "README.md"))
+        assert facts["Context"] == "none, the adapters read each token alone"
+        assert facts["Up-projections"] == "1, without a router"
+
+
+def test_attentions_that_are_never_skipped(tmp_path):
+    model = make_eas("llava", "cpu", SKIPS["half"], "running", kept_modules=r".*vision_tower.*")
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for kind, fate in zip(KINDS, ("skipped", "deleted"), strict=True):
+        facts = rows(ModelCard.load(tmp_path / kind / "README.md"))
+        assert facts[f"Attentions {fate}"] == "2 of 4"
+        assert facts["Attentions never skipped"] == "4 more, with adapters"
+
+
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALL, LAYERS, build_model, logits, make_inputs, mha_names
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import HfArgumentParser
 
 from peft_eas import EASConfig
@@ -21,6 +21,7 @@ def test_defaults_are_the_released_values():
     assert (config.paths, config.router_temperature, config.dropout) == (2, 10.0, 0.1)
     assert (config.context, config.init_weights) == ("prompt", True)
     assert config.num_skip is config.skipped_modules is config.target_modules is config.modules_to_save is None
+    assert config.kept_modules is config.exclude_modules is None
     assert config.peft_type == "EAS"
 
 
@@ -67,7 +68,7 @@ OUT_OF_RANGE = {
     "a finite number": {"scale": [NAN, INF, -INF, "1", None, True, 1j, [1]]},
     "a finite number above 0": {"router_temperature": [0, -1.0, NAN, INF, "10", None, True]},
     "in [0, 1)": {"dropout": [-0.1, 1.0, 1.5, NAN, "0.1", None, False]},
-    "'prompt' or 'running'": {"context": ["Prompt", "static", None, 3, ["prompt"], b"prompt"]},
+    "'prompt', 'running' or 'none'": {"context": ["Prompt", "static", None, 3, ["prompt"], b"prompt"]},
     "an integer of at least 0, or None": {"num_skip": [-1, 1.5, "2", True, NAN, [2]]},
     "a dict from names of MHAs to finite numbers, or None": {
         "scores": [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}, {"a": None}, {"a": True}, "a"]
@@ -77,6 +78,7 @@ OUT_OF_RANGE = {
     NAMES: {
         "target_modules": [3, True, "", b"self_attn", [""], [3], [None], {"self_attn": 1}],
         "exclude_modules": [3, "", [3], [""], {"self_attn": 1}],
+        "kept_modules": [3, "", [3], [""], {"self_attn": 1}],
     },
     "a list of names of modules, or of their endings, or None": {"modules_to_save": ["lm_head", 3, [3], [""], [None]]},
 }
@@ -96,7 +98,7 @@ def test_values_out_of_range(field, value, allowed):
         EASConfig(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "kept_modules"])
 @pytest.mark.parametrize("value", ["[", "*self_attn", "model.(layers", "a{2,1}"])
 def test_texts_that_are_no_regular_expressions(field, value):
     message = rf"EASConfig\({field}='{re.escape(value)}'\): .*does not compile \(.*\)\. Mend it, or give a list"
@@ -121,6 +123,20 @@ def test_numbers_of_numpy_are_taken_as_pythons_own(field, value, tmp_path):
     assert json.dumps(getattr(config, field)) == json.dumps(getattr(value, "item", lambda: {"a": 0.5})())
     config.save_pretrained(tmp_path)
     assert getattr(EASConfig.from_pretrained(tmp_path), field) == value
+
+
+def test_kept_modules_without_an_adapter_to_keep():
+    with pytest.raises(
+        ValueError, match=r"attention_r=0\): attention_r must be at least 1 with kept_modules.*exclude"
+    ):
+        EASConfig(kept_modules=["self_attn"], attention_r=0)
+
+
+def test_without_a_context_there_is_one_path():
+    assert EASConfig(context="none").paths == EASConfig(context="none", paths=1).paths == 1
+    message = r"EASConfig\(paths=3\): paths must be left out, or 1, with context='none'"
+    with pytest.raises(ValueError, match=message):
+        EASConfig(context="none", paths=3)
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 9), ("attention_r", 3)])
@@ -293,6 +309,56 @@ def test_excluded_mhas_are_not_touched(exclude, device):
 def test_excluding_what_is_not_there(exclude, device):
     """Surely a mistake: the user believes that an MHA is safe which is not."""
     refused(r"exclude_modules=.*(matches no|nothing)", device, exclude_modules=exclude)
+
+
+VISION = [f"model.vision_tower.encoder.layers.{i}.self_attn" for i in range(LAYERS)]
+TEXT = mha_names("llava")
+
+
+@pytest.mark.parametrize(
+    ("fields", "candidates", "kept"),
+    [
+        ({"kept_modules": r".*vision_tower.*self_attn"}, TEXT, VISION),
+        ({"kept_modules": r".*vision_tower.*"}, TEXT, VISION),
+        ({"kept_modules": VISION[1:]}, TEXT, VISION[1:]),
+        ({"kept_modules": ["language_model.layers.0.self_attn"]}, TEXT[1:], TEXT[:1]),
+        ({"kept_modules": r".*vision_tower.*", "exclude_modules": [VISION[0], TEXT[0]]}, TEXT[1:], VISION[1:]),
+        ({"kept_modules": r".*vision_tower.*", "target_modules": ["self_attn"]}, TEXT, VISION),
+        ({"kept_modules": r".*vision_tower.*", "target_modules": TEXT[:2]}, TEXT[:2], VISION),
+        ({"kept_modules": VISION[:1], "target_modules": r".*\.0\.self_attn"}, TEXT[:1], VISION[:1]),
+        ({"kept_modules": [], "target_modules": VISION}, VISION, []),
+    ],
+)
+def test_kept_modules_are_adapted_but_no_candidates(fields, candidates, kept, device, tmp_path):
+    model = get_peft_model(build_model("llava", device), EASConfig(**{"num_skip": 1, **fields}))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build_model("llava", device), tmp_path)
+    for one in (model, again):
+        assert one.candidates == candidates
+        adapted = {name.partition(".eas_")[0] for name, _ in one.named_parameters() if ".eas_input." in name}
+        assert {name.removeprefix("base_model.model.") for name in adapted} == {*candidates, *kept}
+        number = sum("eas_pia" in name and "token_down.weight" in name for name, _ in one.named_parameters())
+        assert number == len(candidates)
+
+
+def test_keeping_all_is_to_skip_none(device):
+    model = get_peft_model(build_model("llama", device), EASConfig(kept_modules=["self_attn"]))
+    assert model.candidates == model.skipped_modules == []
+    refused(
+        r"num_skip=1, but this model has 0 MHAs that may be skipped", device, kept_modules=["self_attn"], num_skip=1
+    )
+
+
+@pytest.mark.parametrize("keep", ["[0-9]+", ["self_atn"], ["self_attn", "mlp"]])
+def test_keeping_what_is_not_there(keep, device):
+    refused(r"kept_modules=.*matches nothing that could be skipped.*Its? ?MHAs|MHAs of", device, kept_modules=keep)
+
+
+def test_skipping_what_is_kept(device):
+    names = mha_names("llama", [1, 2])
+    message = rf"skipped_modules names {re.escape(names[0])}, which kept_modules=.*never skips\. Take it out of one"
+    refused(message, device, kept_modules=["layers.1.self_attn"], skipped_modules=names)
+    refused("num_skip=4, but this model has 3", device, kept_modules=["layers.1.self_attn"], num_skip=4)
 
 
 def test_targets_by_list_and_by_expression(device):

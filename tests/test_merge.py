@@ -136,6 +136,19 @@ def test_merging_with_the_prompts_context_says_so(family, device):
     assert difference(logits(merged, inputs), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+def test_without_a_context_merging_is_exact_and_warns_of_nothing(family, device):
+    inputs = make_inputs(family, device)
+    model = make_eas(family, device, [0, 2], "none")
+    expected = logits(model, inputs)
+    with pytest.raises(ValueError, match=r"has no context \(context='none'\).*merge_and_unload\(\) alone"):
+        model.merge_and_unload(context="prompt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = model.merge_and_unload()
+    assert difference(logits(merged, inputs), expected) <= 1e-5
+
+
 def test_a_base_in_training_mode_stays_there(device):
     merged = make_eas("llama", device, [0, 2], "running").train().merge_and_unload()
     assert all(module.training for module in merged.modules())

@@ -636,6 +636,58 @@ def test_a_kept_mha_without_a_router_takes_part_in_packed_and_chunked_generation
     assert torch.equal(plain, chunked)
 
 
+# --- no context ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+def test_without_a_context_nothing_asks_for_the_prompt(family, device, tmp_path):
+    inputs = make_inputs(family, device)
+    new = add_eas(build_model(family, device), family, [], "none", init_weights=True)
+    assert torch.equal(logits(new, inputs), logits(build_model(family, device), inputs))
+    model = make_eas(family, device, [0, 2], "none")
+    parts = ("context_down", "router", "running_context", "num_contexts", "up.1")
+    assert not [name for name in model.state_dict() if any(part in name for part in parts)]
+    expected = logits(model, inputs)
+    if family != "vit":
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        mask[:, 0] = True
+        assert torch.equal(logits(model, {**inputs, "eas_prompt_mask": mask}), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.freeze_context()
+        model.train()(**inputs)  # causal, and without labels
+    assert model.peft_config["default"].context == "none"
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build_model(family, device), tmp_path).eval()
+    assert torch.equal(logits(again, inputs), expected)
+
+
+def test_pia_without_its_context_by_hand(device):
+    """What the FFN of a skipped MHA reads is N(x) + s U (C N(x) + c) + s β."""
+    model = make_eas("llama", device, [0], "none", scale=0.5)
+    layer = model.base_model.model.model.layers[0]
+    seen = {}
+    layer.post_attention_layernorm.register_forward_hook(lambda module, args, output: seen.update(z=output))
+    layer.mlp.base_layer.register_forward_pre_hook(lambda module, args: seen.update(read=args[0]))
+    logits(model, make_inputs("llama", device))
+    pia = layer.mlp.eas_pia["default"]
+    update = pia.token_down(seen["z"]) @ pia.up[0].dense_weight().T + pia.up[0].bias
+    torch.testing.assert_close(seen["read"], seen["z"] + 0.5 * update)
+    assert update.abs().max() > 1e-2
+
+
+def test_generation_without_a_context(device):
+    """Left-padded, cached and in chunks alike."""
+    model = make_eas("llama", device, [0, 2], "none")
+    inputs = make_inputs("llama", device)
+    options = ({}, {"use_cache": False}, {"prefill_chunk_size": 4})
+    outputs = [model.generate(**inputs, max_new_tokens=4, do_sample=False, **one) for one in options]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    padded = {name: nn.functional.pad(value, (3, 0)) for name, value in inputs.items()}
+    assert torch.equal(model.generate(**padded, max_new_tokens=4, do_sample=False)[:, 3:], outputs[0])
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -869,6 +921,84 @@ def test_gradients_flow_only_to_adapters_in_use(device):
     for layer in range(LAYERS):
         assert any(f"layers.{layer}.mlp.eas_pia" in name for name in used) == (layer == 1)
         assert any(f"layers.{layer}.self_attn.eas_input" in name for name in used) == (layer != 1)
+
+
+KEPT = r".*vision_tower.*self_attn"
+
+
+def test_a_kept_tower_beside_a_search(device):
+    """Its adapters are trained and take their own tokens' context; its MHAs are never drawn."""
+    config = EASConfig(
+        num_skip=2, kept_modules=KEPT, r=8, attention_r=4, init_weights=False, task_type="CAUSAL_LM", dropout=0.0
+    )
+    model = get_peft_model(build_model("llava", device), config)
+    names, kept = mha_names("llava"), "model.vision_tower.encoder.layers.1.self_attn"
+    assert model.candidates == names
+    assert "MHA never skipped" in repr(model.get_submodule(f"base_model.model.{kept}"))
+    assert "MHA kept" in repr(model.get_submodule(f"base_model.model.{names[0]}"))
+    inputs = with_labels(make_inputs("llava", device))
+    before = logits(model.eval(), inputs)
+    up = model.get_submodule(f"base_model.model.{kept}.eas_input.default.up.0")
+    model.train()(**inputs).loss.backward()
+    assert up.weight.grad.count_nonzero() > 0
+    context = model.get_buffer(f"base_model.model.{kept}.eas_input.default.running_context")
+    seen = []
+    model.get_submodule(f"base_model.model.{kept}").register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    model.eval()(**inputs)
+    torch.testing.assert_close(context, seen[0].mean((0, 1)), rtol=1e-4, atol=1e-5)
+    for method in (model.set_skipped_modules, model.fix_skipped_modules):
+        with pytest.raises(ValueError, match=r"vision_tower.*cannot be skipped.*candidates: model\.language"):
+            method([names[0], kept])
+    model.fix_skipped_modules(names[:2])
+    assert sum("eas_pia" in name for name in weights_of(model)) == 2
+    assert difference(logits(model.eval(), inputs), before) > 1e-3
+
+
+def weights_of(model):
+    """Names of the adapters' first weights."""
+    return [name for name in model.state_dict() if name.endswith("token_down.weight")]
+
+
+@pytest.mark.parametrize("context", ["prompt", "running", "none"])
+def test_a_kept_tower_is_saved_merged_and_unloaded(context, device, tmp_path):
+    inputs = make_inputs("llava", device)
+    options = {"kept_modules": KEPT, "skipped_modules": mha_names("llava", [0, 2])}
+    model = make_eas("llava", device, [], context, **options)
+    assert len(weights_of(model)) == 2 * LAYERS
+    expected = logits(model, inputs)
+    plain = make_eas("llava", device, [0, 2], context)
+    assert difference(logits(plain, inputs), expected) > 1e-3  # the tower's adapters matter
+    model.save_pretrained(tmp_path / "adapter")
+    assert (
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == get_peft_model_state_dict(model).keys()
+    )
+    model = PeftModel.from_pretrained(build_model("llava", device), tmp_path / "adapter").eval()
+    assert model.skipped_modules == mha_names("llava", [0, 2])
+    assert torch.equal(logits(model, inputs), expected)
+    merged = model.merge_and_unload(context="prompt" if context == "prompt" else None)
+    assert difference(logits(merged, inputs), expected) <= 1e-5
+    assert len(merged.config.eas["skipped"]) == 2
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = type(merged).from_pretrained(tmp_path / "merged").to(device).eval()
+    assert torch.equal(logits(loaded, inputs), logits(merged, inputs))
+    base = PeftModel.from_pretrained(build_model("llava", device), tmp_path / "adapter").unload()
+    assert torch.equal(logits(base, inputs), logits(build_model("llava", device), inputs))
+
+
+def test_two_adapters_of_which_one_keeps(device):
+    names = mha_names("llama")
+    model = get_peft_model(build_model("llama", device), EASConfig(kept_modules=names[:1], num_skip=1))
+    model.add_adapter("second", EASConfig(kept_modules=names[3:], skipped_modules=names[:1]))
+    assert model.candidates == names[1:]
+    model.set_adapter("second")
+    assert (model.candidates, model.skipped_modules) == (names[:3], names[:1])
+    model.delete_adapter("default")
+    assert model.candidates == names[:3]
+    model.add_adapter("default", EASConfig(num_skip=1))
+    model.set_adapter("default")
+    assert model.candidates == names
 
 
 # --- point 9: small files --------------------------------------------------------------------------------------------

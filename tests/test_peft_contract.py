@@ -685,12 +685,14 @@ FULL = {
     "inference_mode": True,
     "target_modules": ["b", "a"],
     "exclude_modules": ["c"],
+    "kept_modules": ["d"],
     "modules_to_save": ["head", "score"],
     "num_skip": 2,
     "skipped_modules": ["x.a", "x.b"],
     "r": 16,
-    "attention_r": 0,
+    "attention_r": 4,
     "groups": 4,
+    "paths": 3,
     "scale": 0.5,
     "router_temperature": 3.0,
     "dropout": 0.0,
@@ -723,15 +725,15 @@ def test_a_config_from_the_command_line():
     line = (
         "--task_type CAUSAL_LM --base_model_name_or_path org/model --revision main --inference_mode "
         r"--target_modules .*self_attn --exclude_modules .*\.0\.self_attn --modules_to_save head score --num_skip 2 "
-        "--skipped_modules x.a x.b --r 16 --attention_r 0 --groups 4 --scale 0.5 --router_temperature 3 "
-        "--dropout 0 --context running --no_init_weights"
+        "--kept_modules d --skipped_modules x.a x.b --r 16 --attention_r 4 --groups 4 --paths 3 --scale 0.5 "
+        "--router_temperature 3 --dropout 0 --context running --no_init_weights"
     )
     words = line.split()
     words += ["--base_shape", '{"num_mhas": 2, "widths": [8]}', "--scores", '{"x.a": 1.5}']
     parser = HfArgumentParser(EASConfig)
     assert "--router_temperature" in parser.format_help()
     [config] = parser.parse_args_into_dataclasses(words)
-    expected = {**FULL, "target_modules": ".*self_attn", "exclude_modules": r".*\.0\.self_attn"}
+    expected = {**FULL, "target_modules": ".*self_attn", "exclude_modules": r".*\.0\.self_attn", "kept_modules": "d"}
     assert {name: config.to_dict()[name] for name in FULL} == expected
     [default] = parser.parse_args_into_dataclasses([])
     assert default.to_dict() == EASConfig().to_dict()

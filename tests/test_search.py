@@ -1,5 +1,6 @@
 """The search in a loop without Trainer: as under Trainer, resumed to the bit, and what is refused."""
 
+import copy
 import inspect
 import json
 import re
@@ -90,6 +91,17 @@ def test_the_example_of_the_readme_runs() -> None:
     merged = names["merged"]
     assert len(merged.config.eas["skipped"]) == 2
     assert merged(**HELD_OUT[0]).logits.isfinite().all()
+
+
+def test_without_a_context_there_is_nothing_to_freeze() -> None:
+    options = {"context": "none", "dropout": 0.0}
+    run = Run(model=options).train(TRAINING[:18])  # beyond the freeze
+    again = Run(model=options).load(copy.deepcopy(run.state()))
+    for one in (run, again):
+        one.train(TRAINING[18:])
+        assert one.search.phase == "tune"
+        assert one.model.peft_config["default"].context == "none"
+    assert_equal(weights(again.model), weights(run.model))
 
 
 class LikeTrainer(Run):
