@@ -1,4 +1,4 @@
-"""A small made-up data set in ScienceQA's layout, and a tiny language model with a tokenizer, to run the example on."""
+"""A small made-up data set in ScienceQA's layout, and a tiny language model with its tokenizer."""
 
 import json
 import random

@@ -376,7 +376,12 @@ def test_command(files: Path, tmp_path: Path) -> None:
     assert report["speed"]["cache_bytes_per_token"] == {"base": 512.0, "unmerged": 256.0, "merged": 256.0}
     assert report["speed"]["parameters"]["merged"] < report["speed"]["parameters"]["base"]
     assert [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| problems")] == ["8", "8"]
-    for name in ("skip_map.png", "search_curve.png", "merged/model.safetensors", "eas/adapter/adapter_model.safetensors"):
+    for name in (
+        "skip_map.png",
+        "search_curve.png",
+        "merged/model.safetensors",
+        "eas/adapter/adapter_model.safetensors",
+    ):
         assert (tmp_path / name).stat().st_size > 0
 
 
