@@ -181,7 +181,7 @@ class Run:
                 train_sampling_strategy="sequential",  # the task's order is one already
                 per_device_eval_batch_size=2 * self.task.batch_size,
                 save_strategy="steps",
-                save_steps=max(1, steps // 10),
+                save_steps=max(1, steps // 5),
                 save_total_limit=1,
                 use_cpu=self.arguments.device == "cpu",
             )

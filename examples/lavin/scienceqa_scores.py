@@ -30,9 +30,9 @@ def parse_letter(text: str, problem: Problem) -> int | None:
     """Index of the choice that a generated text names, or None if it names none.
 
     "The answer is X." is the official rule; of several the first counts, as in LaVIN's evaluation. A text without
-    it is read for, in this order, "answer is X" without its full stop, a letter in brackets, a letter alone at
-    its start, and one single choice whose words it holds. Where nothing of that is found, or the problem has no choice of
-    that letter, the official evaluation draws a choice at random; here the answer is None, which is wrong.
+    it is read for, in this order, "answer is X" without the full stop, a letter in brackets, a letter alone at
+    its start, and one single choice whose words it holds. Where nothing of that is found, or the problem has no
+    choice of that letter, the official evaluation draws a choice at random; here the answer is None, which is wrong.
     """
     for pattern in _PATTERNS:
         found = pattern.search(text)
