@@ -59,14 +59,16 @@ def lavin_easy_vqa() -> Task:
         score=score,
         eas={
             "task_type": "CAUSAL_LM",
+            "target_modules": r".*(language_model|vision_tower).*self_attn",
+            "kept_modules": r".*vision_tower.*self_attn",
             "r": 32,
             "attention_r": 16,
             "dropout": 0.0,
             "modules_to_save": ["multi_modal_projector", "modality_embedding"],
         },
         lora_targets=r".*(language_model|vision_tower).*\.self_attn\.(q|v)_proj",
-        steps=500,
-        batch_size=64,
+        steps=300,
+        batch_size=32,
         learning_rate=3e-3,
         deployed_batch=lambda: dict(LavinCollator(processor, "left", prompt_only=True)(test[:32])),
     )

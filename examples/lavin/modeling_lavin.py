@@ -352,6 +352,8 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
         for module in (fresh[0], model.model):
             model._init_weights(module)
         model.generation_config = copy.deepcopy(llm.generation_config)
+        placeholders = (config.image_token_id, config.modality_token_id)
+        model.generation_config.suppress_tokens = [i for i in placeholders if i < llm.config.vocab_size] or None
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
