@@ -1,15 +1,18 @@
 """ScienceQA for LaVIN: reading, prompts, the table, batches, and the whole command, also when it is interrupted."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from scienceqa_data import byte_tokenizer, problem, write_data, write_image, write_llm, write_many
-from transformers import Trainer
+from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from peft_eas import EASConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -345,6 +348,22 @@ def test_reward_problems_are_not_trained_on(files: Path) -> None:
         make_task(parts, loading, processor, "QCM-A", 5, 4, 1e-3, max_length=20)
 
 
+def test_images_are_shown_to_a_vision_tower(files: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path)
+    CLIPImageProcessorPil(size={"height": 8, "width": 8}, do_center_crop=False).save_pretrained(tmp_path)
+    loading = {"llm": str(files / "llm"), "vision": str(tmp_path), "dtype": torch.bfloat16}
+    model, processor = load_lavin(**loading)
+    task = make_task(split_problems(files / "data", "train", 4), loading, processor, "QCM-A", 5, 4, 1e-3, 512)
+    assert task.test.shown == [False, True] * 4
+    assert "dots" not in task.test[1].prompt  # the image is there, so its caption is not
+    assert "dots" in task.train.dataset.dataset[1].prompt
+    assert task.collate([task.test[i] for i in range(4)])["pixel_values"].shape == (2, 3, 8, 8)
+    eas = get_peft_model(model, EASConfig(**task.eas, num_skip=2))
+    assert eas.base_model.candidates == [f"model.language_model.layers.{i}.self_attn" for i in range(4)]
+    assert len(task.score(eas)) == 9
+
+
 def test_byte_tokenizer() -> None:
     assert byte_tokenizer().decode(byte_tokenizer()("Wörter")["input_ids"]) == "Wörter"
 
@@ -352,26 +371,52 @@ def test_byte_tokenizer() -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def command(files: Path, out: Path, *options: str) -> list[str]:
-    options = ("--reward-problems", "4", "--batch-size", "4", "--device", "cpu", *options)
-    return ["--data", str(files / "data"), "--llm", str(files / "llm"), "--quick", "--output-dir", str(out), *options]
+def test_command_goes_on_after_an_interruption(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def start(out: Path, *options: str) -> lavin_scienceqa.Run:
+        arguments = ["--data", files / "data", "--llm", files / "llm", "--output-dir", out, "--quick", "--steps", 8]
+        arguments += ["--minutes", 600, "--reward-problems", 4, "--batch-size", 4, "--device", "cpu", *options]
+        monkeypatch.setattr(sys, "argv", ["lavin_scienceqa.py", *map(str, arguments)])
+        return lavin_scienceqa.Run(lavin_scienceqa.parse_arguments())
 
+    trained, interruptions = [], [("eas", 5)]
+    step = Trainer.training_step
 
-def test_command(files: Path, tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, str(EXAMPLES / "lavin_scienceqa.py"), *command(files, tmp_path, "--minutes", "1")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "every sample is text only" in process.stdout
-    assert "steps in 1.0 minutes" in process.stdout
-    text, report = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
-    assert text in process.stdout
-    assert len(report["merge"]["skipped"]) == 2
+    def training_step(trainer: Trainer, *args, **kwargs):
+        trained.append((Path(trainer.args.output_dir).name, trainer.state.global_step))
+        if trained[-1] in interruptions:
+            interruptions.clear()
+            raise RuntimeError("the power fails")
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    with pytest.raises(RuntimeError, match="the power fails"):
+        start(tmp_path / "out").all_stages()
+    assert trained == [*(("adapters", i) for i in range(8)), *(("eas", i) for i in range(6))]
+    printed = capsys.readouterr().out
+    assert "steps in 600.0 minutes" in printed
+
+    trained.clear()
+    start(tmp_path / "out")  # as main() does
+    lavin_scienceqa.main()
+    assert trained == [("eas", i) for i in range(4, 8)]  # from the last checkpoint on
+    printed = capsys.readouterr().out
+    assert "adapters: done before" in printed
+    assert "every sample is text only" in printed
+    assert "2 of 4 attentions are to be skipped; 8 steps" in printed
+
+    # The same as without an interruption.
+    whole = start(tmp_path / "whole").tuned("eas", 2)
+    again = load_file(tmp_path / "out" / "eas" / "adapter" / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(whole)
+    assert set(again) == set(expected)
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+    text = (tmp_path / "out" / "report.md").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert text in printed
+    assert report["merge"]["skipped"] == whole.base_model.skipped_modules
     assert report["merge"]["logits_difference"] < 1e-5 * report["merge"]["largest_logit"]
     assert report["merged"]["answers"] == report["eas"]["answers"]
     assert report["merged"]["ranked"] == report["eas"]["ranked"]
@@ -379,54 +424,11 @@ def test_command(files: Path, tmp_path: Path) -> None:
     assert report["speed"]["cache_bytes_per_token"] == {"base": 512.0, "unmerged": 256.0, "merged": 256.0}
     assert report["speed"]["parameters"]["merged"] < report["speed"]["parameters"]["base"]
     assert [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| problems")] == ["8", "8"]
-    for name in (
-        "skip_map.png",
-        "search_curve.png",
-        "merged/model.safetensors",
-        "eas/adapter/adapter_model.safetensors",
-    ):
-        assert (tmp_path / name).stat().st_size > 0
+    for name in ("skip_map.png", "search_curve.png", "merged/model.safetensors"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
 
-
-def test_command_goes_on_after_an_interruption(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def run(out: Path, *options: str) -> dict:
-        monkeypatch.setattr(sys, "argv", ["lavin_scienceqa.py", *command(files, out, *options)])
-        lavin_scienceqa.main()
-        return json.loads((out / "report.json").read_text())
-
-    whole = run(tmp_path / "whole")
-
-    step = Trainer.training_step
-    done = []
-
-    def interrupted(trainer: Trainer, *args, **kwargs):
-        done.append(trainer.state.global_step)
-        if "eas" in trainer.args.output_dir and trainer.state.global_step == 6:
-            raise KeyboardInterrupt
-        return step(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "again")
-    assert len(done) == 10 + 7
-    steps = []
-    monkeypatch.setattr(
-        Trainer,
-        "training_step",
-        lambda trainer, *args, **kwargs: (steps.append(trainer.state.global_step), step(trainer, *args, **kwargs))[1],
-    )
-    capsys.readouterr()
-    again = run(tmp_path / "again")
-    assert steps == [6, 7, 8, 9]
-    assert "adapters: done before" in capsys.readouterr().out
-    assert again["merge"] == whole["merge"]
-    assert again["eas tuned"]["loss"] == whole["eas tuned"]["loss"]
-    assert again["accuracy"] == whole["accuracy"]
-
-    with pytest.raises(SystemExit, match=r"holds the stages of a run with learning_rate=0.002; this one has 0.01"):
-        run(tmp_path / "again", "--learning-rate", "0.01")
+    with pytest.raises(SystemExit, match=r"holds the stages of a run with learning_rate=0.001; this one has 0.01"):
+        start(tmp_path / "out", "--learning-rate", "0.01")
 
 
 def test_stages(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ def order_by_length(lengths: Sequence[int], batch_size: int, num_batches: int, s
             yield from generator.sample(range(len(lengths)), len(lengths))
 
     stream, order = endless(), []
+    together = batch_size * min(SORTED_TOGETHER, max(1, len(lengths) // batch_size))
     while len(order) < batch_size * num_batches:
-        chunk = sorted(islice(stream, SORTED_TOGETHER * batch_size), key=lengths.__getitem__)
+        chunk = sorted(islice(stream, together), key=lengths.__getitem__)
         batches = [chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)]
         generator.shuffle(batches)
         order += [index for batch in batches for index in batch]

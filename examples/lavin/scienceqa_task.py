@@ -93,8 +93,9 @@ def make_task(
         max_length: training and reward samples of more tokens are left out; no test problem is.
     """
     sees = loading.get("lavin") is not None or loading.get("vision") is not None
+    wording = "scienceqa" if loading.get("lavin") is None else "lavin"  # what its weights were tuned with
     data = {
-        part: ScienceQADataset(own, prompt_format, images="available" if sees else "none")
+        part: ScienceQADataset(own, prompt_format, "available" if sees else "none", wording=wording)
         for part, own in problems.items()
     }
     kept, lengths = {}, {}
