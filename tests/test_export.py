@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import merged_smollm2
 import numpy as np
 import pytest
-import smollm2
 import torch
 import transformers
 from conftest import add_eas, build_model, make_eas, mha_names
@@ -779,10 +779,10 @@ def smollm():
     """(merged SmolLM2, its tokenizer, prompts as texts and as ids, greedy continuations in transformers)."""
     if not os.environ.get("PEFT_EAS_VLLM_PYTHON") and not os.environ.get("PEFT_EAS_LLAMA_CPP_PYTHON"):
         pytest.skip("PEFT_EAS_VLLM_PYTHON and PEFT_EAS_LLAMA_CPP_PYTHON name no interpreter that has the engine")
-    model, tokenizer = smollm2.load()
-    model = smollm2.merge(model)
-    texts, prompts = smollm2.prompts(tokenizer)
-    return model, tokenizer, texts, prompts, [smollm2.greedy(model, prompt, 32) for prompt in prompts]
+    model, tokenizer = merged_smollm2.load()
+    model = merged_smollm2.merge(model)
+    texts, prompts = merged_smollm2.prompts(tokenizer)
+    return model, tokenizer, texts, prompts, [merged_smollm2.greedy(model, prompt, 32) for prompt in prompts]
 
 
 def test_smollm2_in_vllm(smollm, tmp_path):
@@ -804,7 +804,7 @@ def test_other_models_in_vllm(name, tmp_path):
     model.generation_config = GenerationConfig(eos_token_id=1)
     torch.manual_seed(0)
     prompts = [torch.randint(3, ROWS, (length,)).tolist() for length in (5, 17, 100)]
-    expected = [smollm2.greedy(model, prompt, 24) for prompt in prompts]
+    expected = [merged_smollm2.greedy(model, prompt, 24) for prompt in prompts]
     assert len({token for tokens in expected for token in tokens}) > 10
     to_vllm(model, tmp_path / "out")
     assert ask_vllm(tmp_path / "out", prompts, 24) == expected
@@ -840,7 +840,7 @@ def test_tiny_models_in_llama_cpp(name, tokenizer, tmp_path):
     model.generation_config = GenerationConfig(eos_token_id=1)
     torch.manual_seed(0)
     prompts = [torch.randint(3, ROWS, (length,)).tolist() for length in (5, 17, 40)]
-    expected = [smollm2.greedy(model, prompt, 24) for prompt in prompts]
+    expected = [merged_smollm2.greedy(model, prompt, 24) for prompt in prompts]
     assert len({token for tokens in expected for token in tokens}) > 10
     to_gguf(model, tokenizer, tmp_path / "m.gguf")
     assert ask_llama_cpp(tmp_path, tmp_path / "m.gguf", prompts=prompts)["continued"] == expected

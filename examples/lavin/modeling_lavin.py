@@ -231,19 +231,25 @@ class LavinModel(LavinPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LavinModel needs either input_ids or inputs_embeds. Give one of the two.")
         features = None
+        is_start = past_key_values is None or past_key_values.get_seq_length() == 0
         if inputs_embeds is None:
-            is_start = past_key_values is None or past_key_values.get_seq_length() == 0
             if is_start and not torch.compiler.is_compiling():
                 self._check_start(input_ids, attention_mask)
             inputs_embeds, features = self.embed(input_ids, pixel_values)
-        mask = create_causal_mask(
-            config=self.language_model.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            and_mask_function=hides_modality_token(attention_mask, len(inputs_embeds), inputs_embeds.device),
-        )
+        if not is_start and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            # No new token is the modality token, to which theirs is padding. As a function of the tokens' places the
+            # mask takes transformers as long as some layers take for one token.
+            first = _first_attended(attention_mask, len(attention_mask), attention_mask.device)
+            mask = attention_mask.scatter(1, first[:, None], 0)
+        else:
+            mask = create_causal_mask(
+                config=self.language_model.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                and_mask_function=hides_modality_token(attention_mask, len(inputs_embeds), inputs_embeds.device),
+            )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,

