@@ -239,9 +239,9 @@ def parse_arguments() -> argparse.Namespace:
     folder = Path(__file__).parent
     parser.add_argument("--output", type=Path, default=folder / "meter" / "base", help="folder for the model")
     parser.add_argument("--checkpoints", type=Path, default=Path("outputs/pretrain_meter"), help="to resume from")
-    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
     options = parser.add_argument_group("options that make the weights")
-    options.add_argument("--steps", type=int, default=2500)
+    options.add_argument("--steps", type=int, default=1500)
     options.add_argument("--batch-size", type=int, default=16, help="images per step")
     options.add_argument("--texts-per-image", type=int, default=4)
     options.add_argument("--learning-rate", type=float, default=1e-3, help="the highest; a half cosine goes to 0")

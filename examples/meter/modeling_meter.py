@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMultipleChoice,
     AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
     AutoModelForVisualQuestionAnswering,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -51,42 +53,32 @@ class MeterConfig(PreTrainedConfig):
     model_type = "meter"
     sub_configs: ClassVar = {"text_config": RobertaConfig, "vision_config": CLIPVisionConfig}
 
-    def __init__(
-        self,
-        vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
-        text_config: RobertaConfig | dict[str, Any] | None = None,
-        hidden_size: int = 768,
-        num_cross_layers: int = 6,
-        num_attention_heads: int = 12,
-        intermediate_size: int = 3072,
-        hidden_act: str = "gelu",
-        hidden_dropout_prob: float = 0.1,
-        attention_probs_dropout_prob: float = 0.1,
-        layer_norm_eps: float = 1e-12,
-        type_vocab_size: int = 3,
-        initializer_range: float = 0.02,
-        **kwargs: Any,
-    ) -> None:
-        if vision_config is None:
-            vision_config = {"image_size": 288, "patch_size": 16, "num_hidden_layers": 11}
-        if text_config is None:
-            text_config = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-        is_dict = isinstance(vision_config, dict)
-        self.vision_config = CLIPVisionConfig(**vision_config) if is_dict else vision_config
-        self.text_config = RobertaConfig(**text_config) if isinstance(text_config, dict) else text_config
-        self.hidden_size = hidden_size
-        self.num_cross_layers = num_cross_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.hidden_act = hidden_act
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.layer_norm_eps = layer_norm_eps
-        self.type_vocab_size = type_vocab_size
-        self.initializer_range = initializer_range
-        self.is_decoder = self.add_cross_attention = False  # read by the co-attention layers
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("is_decoder", "add_cross_attention")}
-        super().__init__(**kwargs)
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    hidden_size: int = 768
+    num_cross_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    type_vocab_size: int = 3
+    initializer_range: float = 0.02
+    # Read by the co-attention layers.
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_config is None:
+            self.vision_config = {"image_size": 288, "patch_size": 16, "num_hidden_layers": 11}
+        if self.text_config is None:
+            self.text_config = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+        if isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**self.vision_config)
+        if isinstance(self.text_config, dict):
+            self.text_config = RobertaConfig(**self.text_config)
+        super().__post_init__(**kwargs)
 
 
 @dataclass
@@ -440,3 +432,13 @@ AutoConfig.register(MeterConfig.model_type, MeterConfig, exist_ok=True)
 AutoModel.register(MeterConfig, MeterModel, exist_ok=True)
 AutoModelForPreTraining.register(MeterConfig, MeterForPreTraining, exist_ok=True)
 AutoModelForVisualQuestionAnswering.register(MeterConfig, MeterForVisualQuestionAnswering, exist_ok=True)
+AutoModelForSequenceClassification.register(MeterConfig, MeterForImagesAndTextClassification, exist_ok=True)
+# It chooses among the texts of an image, given and scored as there.
+AutoModelForMultipleChoice.register(MeterConfig, MeterForImageTextRetrieval, exist_ok=True)
+
+try:  # so that whoever imports this module can load merged models
+    from peft_eas.merged import register_family
+except ImportError:  # as where this file lies beside a merged model's weights
+    pass
+else:
+    register_family(MeterConfig.model_type)

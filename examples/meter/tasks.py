@@ -29,8 +29,14 @@ from pretrain_base import WORDS, fact
 from task import Task
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, CLIPProcessor
-from vqa import COLORS, SHAPES, Split, load_images, load_questions, preprocess
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoModelForVisualQuestionAnswering,
+    AutoProcessor,
+    CLIPProcessor,
+)
+from vqa import COLORS, SHAPES, Split, load_images, load_questions, majority_accuracy, preprocess
 
 BASE = Path(__file__).parent / "base"
 Part = Literal["train", "reward", "test"]
@@ -371,4 +377,17 @@ def meter_retrieval() -> Task:
     )
 
 
+def blind_score(name: str) -> float:
+    """The headline that can be had without looking: the most frequent answer, or chance."""
+    if name == "vqa":
+        return majority_accuracy(load_questions("what", "test"))
+    return 1 / 2 if name == "nlvr2" else 1 / (len(COLORS) * len(SHAPES))
+
+
 TASKS = {"vqa": meter_vqa, "nlvr2": meter_nlvr2, "retrieval": meter_retrieval}
+# By which a merged model of each task is loaded.
+AUTO_CLASSES = {
+    "vqa": AutoModelForVisualQuestionAnswering,
+    "nlvr2": AutoModelForSequenceClassification,
+    "retrieval": AutoModelForMultipleChoice,
+}
