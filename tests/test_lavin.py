@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -416,7 +417,7 @@ def test_gradients(lavin):
 
 
 def generate(model, batch, **options):
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "disable_compile": True, **options}
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "disable_compile": True, **options}
     return model.generate(**batch, **options, return_dict_in_generate=True, output_logits=True)
 
 
@@ -504,11 +505,10 @@ def test_save_and_load(tied, tmp_path):
     assert torch.equal(model_again(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_trainer(lavin, routing, tmp_path):
-    """A search under Trainer, with the modality token marked or not; the frozen model is what is merged."""
+def test_trainer(lavin, tmp_path):
+    """A search under Trainer with the modality token marked; the frozen model is what is merged."""
     processor = copy.copy(lavin[1])
-    processor.routing = routing
+    processor.routing = "modality"
     torch.manual_seed(0)
     config = EASConfig(
         task_type="CAUSAL_LM", num_skip=1, r=4, attention_r=2, dropout=0.0, modules_to_save=TRAINED, **TARGETS
@@ -536,4 +536,30 @@ def test_trainer(lavin, routing, tmp_path):
     merged = model.merge_and_unload()
     assert difference(attended(merged(**batch).logits, batch), expected) <= TOLERANCE
     prompts = LavinCollator(processor, "left", prompt_only=True)(SAMPLES)
-    assert generate(merged, prompts).sequences.shape == (3, prompts["input_ids"].shape[1] + 5)
+    assert generate(merged, prompts).sequences.shape == (3, prompts["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.skipif(
+    not any(d.name == "easy-vqa" for d in distributions()), reason="needs the package easy-vqa (extra `examples`)"
+)
+def test_easy_vqa(monkeypatch, tmp_path):
+    """The task on pictures that are all alike: its parts, and a step of tuning."""
+    import lavin.easy_vqa
+    from task import tune
+
+    monkeypatch.setattr(lavin.easy_vqa, "load_images", lambda split: None)
+    pixels = torch.zeros(1, 3, 64, 64).expand(4000, -1, -1, -1)
+    monkeypatch.setattr(lavin.easy_vqa, "preprocess", lambda processor, images: pixels)
+    task = lavin.easy_vqa.lavin_easy_vqa()
+    assert (len(task.train), len(task.reward), len(task.test)) == (9614, 554, 2537)
+    base, again = task.load_base(), task.load_base()
+    assert base.config.num_image_tokens == 4
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters(), strict=True))
+    model = get_peft_model(base, EASConfig(num_skip=4, **task.eas))
+    assert len(model.base_model.candidates) == 8
+    callback = EASCallback(reward_dataset=task.reward[:8], search_steps=1, warmup_steps=0, interval=1)
+    tune(model, task, tmp_path, callbacks=[callback], max_steps=2, per_device_train_batch_size=4, disable_tqdm=True)
+    assert len(model.base_model.skipped_modules) == 4
+    batch = task.deployed_batch()
+    assert "labels" not in batch
+    assert model(**batch).logits.shape[:2] == batch["input_ids"].shape

@@ -135,6 +135,7 @@ def test_save_and_load(context, tmp_path, monkeypatch):
     ids = torch.arange(10).reshape(2, 5)
     expected = merged(ids).logits
     merged.save_pretrained(tmp_path / "merged")
+    assert "import own_whole  # OwnForCausalLM" in (tmp_path / "merged" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(loaded) is type(merged)
     assert torch.equal(loaded(ids).logits, expected)
