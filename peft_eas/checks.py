@@ -238,10 +238,11 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
                 "as 'SEQ_CLS' or 'FEATURE_EXTRACTION', or leave it out."
             )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
-    if chunk_size and config.context == "prompt":
+    if chunk_size:
         raise ValueError(
-            f"chunk_size_feed_forward={chunk_size} feeds the FFN a part of the prompt at a time, but context='prompt' "
-            "needs the mean of all of it. Set chunk_size_feed_forward to 0 in the model's config."
+            f"chunk_size_feed_forward={chunk_size} feeds the FFN a part of the tokens at a time, but the adapter in "
+            "front of it takes all of a sequence. Set chunk_size_feed_forward to 0 in the model's config; a merged "
+            "model takes any."
         )
     return shape
 

@@ -403,6 +403,8 @@ def test_unknown_architecture(device):
         assert "mixer" in dict(model.blocks[0].named_children())
 
 
-def test_chunked_ffn_does_not_go_with_the_prompt(device):
+@pytest.mark.parametrize("context", ["prompt", "running", "none"])
+def test_an_ffn_in_chunks_is_refused(context, device):
     model = build_model("bert", device, chunk_size_feed_forward=4)
-    refused(r"chunk_size_feed_forward=4.*context='prompt'.*chunk_size_feed_forward to 0", device, "bert", model=model)
+    message = r"chunk_size_feed_forward=4 feeds the FFN a part of the tokens.*Set chunk_size_feed_forward to 0"
+    refused(message, device, "bert", model=model, context=context)
