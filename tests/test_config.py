@@ -406,5 +406,7 @@ def test_unknown_architecture(device):
 @pytest.mark.parametrize("context", ["prompt", "running", "none"])
 def test_an_ffn_in_chunks_is_refused(context, device):
     model = build_model("bert", device, chunk_size_feed_forward=4)
-    message = r"chunk_size_feed_forward=4 feeds the FFN a part of the tokens.*Set chunk_size_feed_forward to 0"
-    refused(message, device, "bert", model=model, context=context)
+    modules = list(model.named_modules())
+    with pytest.raises(ValueError, match=r"chunk_size_feed_forward=4 feeds the FFN a part of the tokens.*Set .* to 0"):
+        get_peft_model(model, EASConfig(context=context))
+    assert list(model.named_modules()) == modules
