@@ -46,6 +46,7 @@ WIDTH = 96
 # Of the claims, statements of what is there. The model has to learn to compare text and image by these, before it can
 # learn by negations, each of which turns the truth around.
 PLAIN_SHARE = 0.6
+PLAIN_CLAIMS = (*AFFIRMATIONS, "a {}", "an image of a {}", "this is a {}", "the image shows a {}")
 NAMES_MASKED, OTHERS_MASKED = 0.6, 0.15  # shares of the colours and shapes in a text, and of its other words
 SPECIAL = {
     "bos_token": "<s>",
@@ -91,8 +92,9 @@ def build_model(base: LlavaForConditionalGeneration, vocab_size: int) -> MeterFo
 
 
 def build_claims(questions: Sequence[Question]) -> dict[tuple[str, bool], list[str]]:
-    """By word and whether it is claimed to be there: the wordings of that claim."""
-    claims = {(word, present): statements(word, present) for word in WORDS for present in (True, False)}
+    """By word and whether it is claimed to be there: the wordings of that claim, the plain ones first."""
+    claims = {(word, False): statements(word, False) for word in WORDS}
+    claims |= {(word, True): [text.format(thing(word)) for text in PLAIN_CLAIMS] for word in WORDS}
     for text in sorted({question.text for question in questions}):
         for answer in ("yes", "no"):
             claims[fact(Question(text, answer, 0))].append(f"{text} {answer}")
@@ -177,7 +179,7 @@ class Pretraining:
         wanted = is_true if is_plain else draw.random() < 0.5
         word = draw.choice([word for word, present in facts.items() if present == wanted] or list(facts))
         texts = self.claims[word, facts[word] == is_true]
-        return draw.choice(texts[: len(AFFIRMATIONS)] if is_plain else texts)
+        return draw.choice(texts[: len(PLAIN_CLAIMS)] if is_plain else texts)
 
     def _mask(self, input_ids: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Puts masks in the place of some words of `rows`; returns the words in the place of the others' labels."""

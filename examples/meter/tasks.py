@@ -177,7 +177,7 @@ def nlvr2_data(part: Part) -> MeterDataset:
     """
     draw = random.Random(f"nlvr2 {part}")
     shown = load_shown(part)
-    num_pairs = {"train": 48, "reward": 6, "test": 12}[part]  # for every wording, thing and truth
+    num_pairs = {"train": 60, "reward": 6, "test": 12}[part]  # for every wording, thing and truth
     items = []
     for word in WORDS:
         having = [one.image for one in shown if one.has(word)]
