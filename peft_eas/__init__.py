@@ -13,6 +13,7 @@ from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
 from .peft_type import add_to_cards
 from .search import EASSearch
+from .skippable import Skippable
 from .summary import eas_summary
 
 __version__ = "0.1.0"
@@ -32,5 +33,6 @@ __all__ = [
     "EASSearch",
     "InputAdapter",
     "PropagationAdapter",
+    "Skippable",
     "eas_summary",
 ]

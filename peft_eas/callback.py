@@ -37,7 +37,7 @@ class EASCallback(TrainerCallback, ExportableState):
     checkpoints during the search see the best set so far, never one that was drawn. A checkpoint holds the state of
     the search: `trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted, on a model made
     by `get_peft_model` as for the first run. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0, there is
-    nothing to search and only the context is frozen.
+    nothing to search and only the context is frozen. Any other `Skippable` model is searched in the same way.
 
     Trainer's log gets `EASSearch.figures()`: `eas/entropy`, `eas/loss`, `eas/reward` and `eas/best` until the search
     is over, `eas/phase` always; the last two are text and go to `state.log_history` alone, as report tools take

@@ -111,6 +111,13 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
     _write(folder, f"EAS adapter for {_base_name(facts)}", sections, data, facts, before)
 
 
+def _own_import(model: PreTrainedModel) -> list[str]:
+    """What must be imported besides, where the base is not transformers' own."""
+    base = model._stock_class()
+    is_own = base.__module__.partition(".")[0] not in ("transformers", "transformers_modules", "__main__")
+    return [f"import {base.__module__}  # {base.__name__}"] if is_own else []
+
+
 def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """Writes or updates the card, and the picture of the skip set, of a model that `merge_and_unload` returned."""
     folder, record = Path(folder), model.config.eas
@@ -144,7 +151,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
         *_skip_map(facts, candidates, deleted, folder),
         "### Use",
         "With `pip install peft_eas`:",
-        _code("import peft_eas", f"from transformers import {auto_class}", "", call.format("")),
+        _code("import peft_eas", *_own_import(model), f"from transformers import {auto_class}", "", call.format("")),
     ]
     if has_code:
         without = _code(f"from transformers import {auto_class}", "", call.format(", trust_remote_code=True"))

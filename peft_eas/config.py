@@ -238,11 +238,8 @@ class EASConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary; during a search with the skip set in force as `skipped_modules`."""
         values = super().to_dict()
-        for name in (
-            "target_modules",
-            "exclude_modules",
-            "kept_modules",
-        ):  # sets, which would be written in another order each time
+        # Sets would be written in another order each time.
+        for name in ("target_modules", "exclude_modules", "kept_modules"):
             if isinstance(values[name], set):
                 values[name] = sorted(values[name])
         if self.skipped_modules is None and getattr(self, "_skipped_now", None) is not None:

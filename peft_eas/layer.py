@@ -61,7 +61,8 @@ class EASLayer(nn.Module, BaseTunerLayer):
         candidate = self.candidate
         if candidate.skipped_by:
             return f"MHA skipped by {sorted(candidate.skipped_by)}"
-        return "MHA never skipped" if candidate.kept_by == set(candidate.configs) else "MHA kept"
+        is_never = candidate.kept_by and candidate.kept_by == set(candidate.configs)
+        return "MHA never skipped" if is_never else "MHA kept"
 
     @property
     def adapter_in_force(self) -> str | None:

@@ -35,8 +35,8 @@ _TASKS_WITHOUT_ANSWER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRAC
 class EASModel(MergingTuner):
     """A model with EAS adapters (arXiv 2403.15226). Made by `get_peft_model(model, EASConfig(...))`.
 
-    Beside PEFT's own methods: `candidates`, `skipped_modules`, `set_skipped_modules`, `fix_skipped_modules`,
-    `freeze_context`, `sync_context`. One adapter is active at a time.
+    Beside PEFT's own methods: `active_config`, `candidates`, `skipped_modules`, `set_skipped_modules`,
+    `fix_skipped_modules`, `freeze_context`, `sync_context`. One adapter is active at a time.
 
     Raises:
         ValueError: for a config that does not fit the model; the model is left as it was.
@@ -229,7 +229,7 @@ class EASModel(MergingTuner):
         Warns where no prompt was seen yet, so that the running mean is zero. Where the context is not the prompt,
         there is nothing to do.
         """
-        config = self._active_config
+        config = self.active_config
         if config.context != "prompt":
             return
         self.sync_context()
@@ -248,7 +248,7 @@ class EASModel(MergingTuner):
 
         Without torch.distributed, and where the context is not the prompt (any longer), there is nothing to do.
         """
-        if self._active_config.context != "prompt" or not torch.distributed.is_initialized():
+        if self.active_config.context != "prompt" or not torch.distributed.is_initialized():
             return
         adapters = [
             layer.adapters[self._active_name]
@@ -271,7 +271,8 @@ class EASModel(MergingTuner):
         return self.active_adapters[0]
 
     @property
-    def _active_config(self) -> EASConfig:
+    def active_config(self) -> EASConfig:
+        """The config of the active adapter."""
         return self.peft_config[self._active_name]
 
     @property
@@ -301,13 +302,13 @@ class EASModel(MergingTuner):
                 state = "skipped" if layer.stands_for_skipped else "kept"
                 raise ValueError(
                     f"{layer.candidate.name} has no adapter for being {state}: this EAS adapter was made for the skip "
-                    f"set {self._active_config.skipped_modules or []} alone. Make one with num_skip, and without "
+                    f"set {self.active_config.skipped_modules or []} alone. Make one with num_skip, and without "
                     "skipped_modules, to choose among all candidates."
                 )
         for name in self.candidates:
             skipped_by = self._candidates[name].skipped_by
             (skipped_by.add if name in names else skipped_by.discard)(self._active_name)
-        self._active_config.note_skipped_modules(self.skipped_modules)
+        self.active_config.note_skipped_modules(self.skipped_modules)
 
     def fix_skipped_modules(self, names: Sequence[str]) -> None:
         """Ends the search with the MHAs `names`: writes them into the config and drops the adapters without use.
@@ -316,7 +317,7 @@ class EASModel(MergingTuner):
             ValueError: as `set_skipped_modules`; nothing is changed then.
         """
         self.set_skipped_modules(names)
-        config = self._active_config
+        config = self.active_config
         config.skipped_modules = self.skipped_modules
         config.num_skip = len(config.skipped_modules)
         for layer in self._adapted_layers():

@@ -35,8 +35,8 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
 
     `base_model` is the base's id on the Hub, or None; `base_name` is what to call it, without the path of a folder;
     `license` holds the fields about it of the base's own card; `candidates` and `kept` name the MHAs that may be
-    skipped and those that never are. A base that was merged before, and has no id on the
-    Hub, counts as the base that it came from.
+    skipped and those that never are. A base that was merged before, and has no id on the Hub, counts as the base that
+    it came from.
     """
     from . import __version__  # the package imports this module
 

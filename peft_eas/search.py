@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .bandit import AttentionBandit, Reward
 from .model import EASModel
 from .schedule import SETTINGS, Schedule, check_settings
+from .skippable import Skippable
 from .values import python_number
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,8 @@ class EASSearch:
     Where steps are wanted, an int counts optimizer steps and a float is a fraction of the run.
 
     Args:
-        model: what `get_peft_model(model, EASConfig(...))` returned, as it is or as accelerate prepared it.
+        model: what `get_peft_model(model, EASConfig(...))` returned, or any other `Skippable` module; as it is or as
+            accelerate prepared it.
         num_steps: optimizer steps of the whole run.
         batch_loss: returns the loss of the model as it is on one held-out batch, a tensor of one element or a number:
             on the batch it is given, or, without `batches`, on the n-th for n = 0, 1, … It is called in evaluation
@@ -80,7 +83,7 @@ class EASSearch:
         bandit: the search's scores and rounds; None where there is nothing to search.
 
     Raises:
-        TypeError: for a model without EAS adapters.
+        TypeError: for a model without EAS adapters that is no `Skippable` either.
         ValueError: for a setting out of range or one that does not fit the run; the model is left as it was.
     """
 
@@ -117,11 +120,12 @@ class EASSearch:
         self.step = 0
         self.bandit: AttentionBandit | None = None
         self._has_drawn = False
-        self._skipped_modules = self._config.skipped_modules
+        config = self.eas.active_config
+        self._skipped_modules = config.skipped_modules
         if needs_search(self.eas):
             self.bandit = AttentionBandit(
                 self.eas.candidates,
-                self._config.num_skip,
+                config.num_skip,
                 temperature=settings["score_temperature"],
                 lr=settings["score_lr"],
                 reward=reward,
@@ -132,7 +136,7 @@ class EASSearch:
             self._schedule.check(settings, num_steps)
             self._check_means()
             self.eas.set_skipped_modules(self.bandit.best())
-        elif self._config.skipped_modules is None and self._config.num_skip:  # all of them: nothing to choose
+        elif config.skipped_modules is None and config.num_skip:  # all of them: nothing to choose
             self.eas.fix_skipped_modules(self.eas.candidates)
 
     # --- the course of a run ---------------------------------------------------------------------------------------
@@ -147,7 +151,7 @@ class EASSearch:
         """The phase that the run is in: "warm-up", "search", "tune" or "frozen"."""
         if self.is_searching:
             return "warm-up" if self.step < self._schedule.warmup_end else "search"
-        return "frozen" if self._config.context == "running" else "tune"
+        return "frozen" if self.eas.active_config.context == "running" else "tune"
 
     def before_step(self) -> None:
         """Draws the skip set to train with. Within one optimizer step only the first call does, so that it may be
@@ -217,7 +221,7 @@ class EASSearch:
                 "EASConfig(skipped_modules=...)."
             )
         if state["bandit"] is not None:
-            num_skip = self._config.num_skip
+            num_skip = self.eas.active_config.num_skip
             if num_skip is None:  # a model that was made with the MHAs that the search has found
                 num_skip = len(self._skipped_modules or ())
             bandit = AttentionBandit(self.eas.candidates, num_skip)
@@ -234,14 +238,10 @@ class EASSearch:
             else:
                 self._fix(state["skipped_modules"])
         self.step, self._has_drawn = state["step"], False
-        if self._is_freeze_due and self._config.context == "prompt":
-            self._config.context = "running"  # the running contexts come with the weights
+        if self._is_freeze_due and self.eas.active_config.context == "prompt":
+            self.eas.active_config.context = "running"  # the running contexts come with the weights
 
     # --- the search ------------------------------------------------------------------------------------------------
-
-    @property
-    def _config(self) -> Any:
-        return self.eas.peft_config[self.eas.active_adapters[0]]
 
     @property
     def _scores(self) -> dict[str, float]:
@@ -268,7 +268,7 @@ class EASSearch:
                 for module, mode in modes:  # such as a part of the model that is kept in evaluation mode
                     module.training = mode
         self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
-        self._config.note_scores(self._scores)
+        self.eas.active_config.note_scores(self._scores)
 
     def _checked_loss(self, batch: Any) -> torch.Tensor:
         loss = self.batch_loss(batch)
@@ -296,7 +296,7 @@ class EASSearch:
                 self.optimizer.state.pop(parameter, None)
         self._skipped_modules = self.eas.skipped_modules
         # In the adapter's config, its model card finds them.
-        self._config.scores = self._scores
+        self.eas.active_config.scores = self._scores
 
     @property
     def _is_freeze_due(self) -> bool:
@@ -321,8 +321,8 @@ class EASSearch:
             )
 
 
-def eas_of(model: nn.Module, caller: str, receiver: str) -> EASModel:
-    """The `EASModel` in a PEFT model that may be wrapped for distributed training or compiled.
+def eas_of(model: nn.Module, caller: str, receiver: str) -> Skippable:
+    """The `EASModel`, or other `Skippable`, in a model that may be wrapped for distributed training or compiled.
 
     `receiver` names what `caller` has its model from.
 
@@ -330,19 +330,24 @@ def eas_of(model: nn.Module, caller: str, receiver: str) -> EASModel:
         TypeError: if there is none.
     """
     inner = model
-    while not isinstance(getattr(inner, "base_model", None), EASModel):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if inner is None:
-            raise TypeError(
-                f"{caller} was given a {type(model).__name__} without EAS adapters. Pass {receiver} the model that "
-                "get_peft_model(model, EASConfig(...)) returns."
-            )
-    return inner.base_model
+    while inner is not None:
+        inner = getattr(inner, "_orig_mod", inner)
+        if isinstance(getattr(inner, "base_model", None), EASModel):
+            return inner.base_model
+        if isinstance(inner, PeftModel):  # of another method, through which its base's attributes shine
+            inner = inner.get_base_model()
+        if isinstance(inner, Skippable):
+            return inner
+        inner = getattr(inner, "module", None)
+    raise TypeError(
+        f"{caller} was given a {type(model).__name__} without EAS adapters. Pass {receiver} the model that "
+        "get_peft_model(model, EASConfig(...)) returns, or a module with all that peft_eas.Skippable names."
+    )
 
 
-def needs_search(eas: EASModel) -> bool:
-    """Whether the active adapter leaves it to a search which MHAs are skipped."""
-    config = eas.peft_config[eas.active_adapters[0]]
+def needs_search(eas: Skippable) -> bool:
+    """Whether the active config leaves it to a search what is skipped."""
+    config = eas.active_config
     return config.skipped_modules is None and 0 < (config.num_skip or 0) < len(eas.candidates)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState
 
 from .model import EASModel
+from .skippable import Skippable
 
 
 def calling_trainer() -> Trainer:
@@ -46,14 +47,14 @@ def describe_progress(trainer: Trainer, text: str) -> None:
             bar.set_description(text)
 
 
-def check_context_of_batches(trainer: Trainer, eas: EASModel) -> None:
+def check_context_of_batches(trainer: Trainer, eas: Skippable) -> None:
     """Raises a ValueError where the context is the prompt, but Trainer's batches do not tell what the prompt is.
 
     With remove_unused_columns=False a batch may bring `eas_prompt_mask` in place of the labels; the model warns if it
     does not.
     """
     args = trainer.args
-    if eas.peft_config[eas.active_adapters[0]].context != "prompt":
+    if eas.active_config.context != "prompt":
         return
     # TRL's settings, and the collator of transformers.
     packing = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name, None)]
@@ -65,7 +66,7 @@ def check_context_of_batches(trainer: Trainer, eas: EASModel) -> None:
             "context: the adapters would see other sequences, and what they are to predict. Leave it out, or set "
             "EASConfig(context='running')."
         )
-    if not eas.answer_in_input() or not args.remove_unused_columns:
+    if not isinstance(eas, EASModel) or not eas.answer_in_input() or not args.remove_unused_columns:
         return
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
         option = f"label_smoothing_factor={args.label_smoothing_factor}"

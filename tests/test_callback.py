@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import LAYERS, build_model
 from safetensors.torch import load_file
-from training import NAMES, SCHEDULE, Sentences, Watcher, make_model, make_trainer, refuse
-from transformers import TrainerCallback
+from skippable import USELESS, Blocks, Points
+from torch.nn.functional import mse_loss as mse
+from training import ARGUMENTS, NAMES, SCHEDULE, Sentences, Watcher, make_model, make_trainer, refuse
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_eas import EASCallback, EASConfig
 
@@ -298,6 +300,27 @@ def test_labels_kept_from_the_model_are_refused_with_the_prompt_as_context(tmp_p
         trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), make_model(context=context), **{option: value})
         trainer.train()
         assert len(trainer.model.base_model.skipped_modules) == 2
+
+
+def test_a_model_of_another_method_under_trainer(tmp_path):
+    """The search drives whatever is `Skippable`, and asks it nothing of prompts, whatever the losses are made of."""
+    model = Blocks(context="prompt")
+    callback = EASCallback(search_steps=16, warmup_steps=0, interval=1, freeze_context_at=18)
+    arguments = {"learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 10}
+    args = TrainingArguments(str(tmp_path), **{**ARGUMENTS, **arguments})
+    data = {"train_dataset": Points(), "eval_dataset": Points(16, seed=1)}
+    trainer = Trainer(
+        model, args, callbacks=[callback], compute_loss_func=lambda o, y, **k: mse(o["logits"], y), **data
+    )
+    trainer.train()
+    assert model.skipped_modules == USELESS
+    assert list(model.blocks) == ["0", "2", "4"]
+    assert json.loads((tmp_path / "eas_search.json").read_text())["skipped_modules"] == USELESS
+    assert model.calls.count("sync") == 20
+    assert "freeze" in model.calls
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [log[0]["eas/phase"], log[15]["eas/phase"]] == ["search", "tune"]
+    assert log[15]["eas/loss"] >= 0
 
 
 def test_a_model_without_eas_is_refused(tmp_path):

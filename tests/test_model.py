@@ -26,7 +26,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.gemma2 import modeling_gemma2
 
-from peft_eas import EASConfig
+from peft_eas import EASConfig, Skippable
 
 # Per family and layer: the norm that only feeds the MHA, the projections of the MHA, and the FFN.
 PARTS = {
@@ -985,6 +985,15 @@ def test_a_kept_tower_is_saved_merged_and_unloaded(context, device, tmp_path):
     assert torch.equal(logits(loaded, inputs), logits(merged, inputs))
     base = PeftModel.from_pretrained(build_model("llava", device), tmp_path / "adapter").unload()
     assert torch.equal(logits(base, inputs), logits(build_model("llava", device), inputs))
+
+
+def test_the_active_config(device):
+    model = get_peft_model(build_model("llama", device), EASConfig(num_skip=1))
+    model.add_adapter("second", EASConfig(num_skip=2))
+    assert model.active_config is model.base_model.active_config is model.peft_config["default"]
+    model.set_adapter("second")
+    assert model.active_config is model.peft_config["second"]
+    assert isinstance(model.base_model, Skippable)
 
 
 def test_two_adapters_of_which_one_keeps(device):

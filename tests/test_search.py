@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAYERS, build_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from skippable import USELESS, Blocks, Points
 from torch import nn
 from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_model, make_trainer, weights
 
-from peft_eas import EASCallback, EASSearch
-from peft_eas.search import SETTINGS
+from peft_eas import EASCallback, EASSearch, Skippable
+from peft_eas.search import SETTINGS, eas_of
 
 STEPS = 20
 
@@ -351,3 +353,93 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         Run().search.load_state_dict(given.state_dict())
     with pytest.raises(ValueError, match="num_skip=2, but this one has 1"):
         Run(model={"num_skip": 1}).search.load_state_dict(searching.search.state_dict())
+
+
+# --- models of other methods -----------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """As for distributed training: it has the model, and not its attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.module(**inputs)
+
+
+def search_blocks(model: nn.Module, steps: int = 30, **options) -> tuple[EASSearch, torch.optim.Optimizer]:
+    """A search among the blocks of `model`, and the optimizer that trains it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    settings = {"search_steps": 0.8, "warmup_steps": 0, "interval": 1, "freeze_context_at": 0.9}
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**batch)["loss"]
+
+    held_out = [Points(size=16, seed=1)[:]]
+    search = EASSearch(model, steps, loss, held_out, optimizer=optimizer, **settings, **options)
+    return search, optimizer
+
+
+def train_blocks(search: EASSearch, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    points = Points()
+    for step in range(steps):
+        search.before_step()
+        start = 8 * (step % 8)
+        search.model(**points[start : start + 8])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        search.after_step()
+
+
+WRAPPERS = {
+    "none": lambda blocks: blocks,
+    "module": Wrapper,
+    "LoRA": lambda blocks: get_peft_model(blocks, LoraConfig(target_modules=["0", "2", "4"], r=2)),
+}
+
+
+def test_another_model_is_found_in_a_compiled_one() -> None:
+    blocks = Blocks()
+    assert isinstance(blocks, Skippable)
+    assert eas_of(torch.compile(Wrapper(blocks)), "", "") is eas_of(Wrapper(torch.compile(blocks)), "", "") is blocks
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_it_finds_the_blocks_that_another_model_can_do_without(wrapper) -> None:
+    blocks = Blocks()
+    model = WRAPPERS[wrapper](blocks)
+    search, optimizer = search_blocks(model)
+    assert search.eas is blocks
+    dropped = [block.weight for name, block in blocks.blocks.items() if name in USELESS]
+    train_blocks(search, optimizer, 23)
+    assert search.phase == "search"
+    train_blocks(search, optimizer, 7)
+    assert search.phase == "tune"
+    assert blocks.skipped_modules == blocks.active_config.skipped_modules == USELESS
+    assert blocks.active_config.scores.keys() == set(blocks.candidates)
+    assert list(blocks.blocks) == ["0", "2", "4"]
+    assert blocks.calls.count("sync") == 30
+    assert blocks.calls.index("freeze") == 27
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    assert not any(parameter in optimizer.state for parameter in dropped)
+
+
+@pytest.mark.parametrize("step", [10, 26])
+def test_another_models_search_is_resumed(step) -> None:
+    first, again = search_blocks(Blocks()), search_blocks(Blocks())
+    train_blocks(*first, step)
+    again[0].load_state_dict(json.loads(json.dumps(first[0].state_dict())))
+    again[0].model.load_state_dict(first[0].model.state_dict())
+    assert again[0].eas.skipped_modules == first[0].eas.skipped_modules
+    assert again[0].phase == first[0].phase
+    assert again[0].state_dict() == first[0].state_dict()
+
+
+def test_a_model_that_lacks_a_part_of_what_is_asked_is_refused() -> None:
+    blocks = Blocks()
+    del blocks.candidates
+    with pytest.raises(TypeError, match=r"a Blocks without EAS adapters.*all that peft_eas\.Skippable names"):
+        search_blocks(blocks)

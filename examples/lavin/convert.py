@@ -39,6 +39,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedTokenizerBase,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -66,7 +67,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file. Name the file that holds the weights.")
     try:
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*TorchScript archive")
             held = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
         if "TorchScript" in str(error):
@@ -529,10 +531,22 @@ def convert(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Llama's tokenizer, from its folder or, as in the original files, the one above."""
+    """Llama's tokenizer, from its folder or, as in the original files, the one above.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or if it cannot be read.
+    """
     for place in (Path(folder), Path(folder).parent):
-        if (place / "tokenizer.json").is_file() or (place / "tokenizer.model").is_file():
-            return AutoTokenizer.from_pretrained(place, use_fast=True)
+        if (place / "tokenizer.json").is_file():
+            return AutoTokenizer.from_pretrained(place)
+        if (place / "tokenizer.model").is_file():  # which tells AutoTokenizer nothing of its rules
+            try:
+                return LlamaTokenizer.from_pretrained(place)
+            except (ImportError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{place / 'tokenizer.model'} cannot be read ({str(error).splitlines()[0]}). Run `pip install "
+                    "sentencepiece protobuf`, or name the folder of a tokenizer.json (--tokenizer)."
+                ) from error
     raise FileNotFoundError(
         f"Neither {folder} nor the folder above holds tokenizer.json or tokenizer.model. Name the tokenizer's folder."
     )

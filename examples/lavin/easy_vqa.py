@@ -68,7 +68,7 @@ def lavin_easy_vqa() -> Task:
         },
         lora_targets=r".*(language_model|vision_tower).*\.self_attn\.(q|v)_proj",
         steps=300,
-        batch_size=64,
+        batch_size=32,
         learning_rate=3e-3,
         deployed_batch=lambda: dict(LavinCollator(processor, "left", prompt_only=True)(test[:32])),
     )

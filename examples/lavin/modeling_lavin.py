@@ -346,6 +346,8 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
         for module in (fresh[0], model.model):
             model._init_weights(module)
         model.generation_config = copy.deepcopy(llm.generation_config)
+        placeholders = (config.image_token_id, config.modality_token_id)
+        model.generation_config.suppress_tokens = [i for i in placeholders if i < llm.config.vocab_size] or None
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -426,9 +428,10 @@ AutoConfig.register(LavinConfig.model_type, LavinConfig, exist_ok=True)
 AutoModel.register(LavinConfig, LavinModel, exist_ok=True)
 AutoModelForImageTextToText.register(LavinConfig, LavinForConditionalGeneration, exist_ok=True)
 
-try:  # so that whoever imports this module can load merged models
-    from peft_eas.merged import register_family
-except ImportError:  # as where this file lies beside a merged model's weights
-    pass
-else:
-    register_family(LavinConfig.model_type)
+if not __name__.startswith("transformers_modules."):  # beside a merged model's weights, that has its own code
+    try:  # so that whoever imports this module can load merged models
+        from peft_eas.merged import register_family
+    except ImportError:
+        pass
+    else:
+        register_family(LavinConfig.model_type)

@@ -19,7 +19,7 @@ class LavinProcessor(ProcessorMixin):
 
     Args:
         tokenizer: it must know the placeholders, as after `LavinForConditionalGeneration.from_parts`.
-        image_processor: for the vision tower; None where all images are pixel values already.
+        image_processor: for the vision tower.
         num_image_tokens: how many tokens an image becomes (`LavinConfig.num_image_tokens`).
         routing: what the adapters of `peft_eas` route by: "prompt", the mean over the prompt, or "modality", the
             modality token's state, as in the released LaVIN; that adds `eas_prompt_mask` to what is returned.
@@ -119,11 +119,6 @@ class LavinProcessor(ProcessorMixin):
         """An image's pixel values, (3, H, W)."""
         if isinstance(image, Tensor) and image.is_floating_point():
             return image
-        if self.image_processor is None:
-            raise ValueError(
-                f"An image of type {type(image).__name__} came to a LavinProcessor without an image processor. Give "
-                "pixel values, a floating-point tensor (3, H, W), or LavinProcessor(image_processor=...)."
-            )
         return self.image_processor(image, return_tensors="pt").pixel_values[0]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
