@@ -9,8 +9,8 @@ trained on the training images with nothing but
 1. claims that are true or false by one yes/no question and its answer: statements such as "there is a red shape", and
    the questions with an answer behind them. Whether one is true is what the matching head learns; in the true ones,
    words are masked;
-2. the wordings of the three tasks, for masked words alone, each with an image and with a colour or shape drawn at
-   random, so that the words tell nothing about the image.
+2. wordings like those of the three tasks, for masked words alone, each with an image and with a colour or shape drawn
+   at random, so that the words tell nothing about the image.
 
 It never sees the answer of a "what" question, a true statement about two images, a colour and a shape that belong
 together, nor anything of the test split.
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from meter.modeling_meter import MeterConfig, MeterForPreTraining
-from meter.wordings import DESCRIPTIONS, STATEMENTS, thing
+from meter.wordings import DESCRIPTIONS, thing
 from pretrain_base import AFFIRMATIONS, WORDS, augment, bounding_boxes, fact, known_facts, statements, train
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
@@ -52,6 +52,18 @@ WIDTH = 96
 # learn by negations, each of which turns the truth around.
 PLAIN_SHARE = 0.6
 PLAIN_CLAIMS = (*AFFIRMATIONS, "a {}", "an image of a {}", "this is a {}", "the image shows a {}")
+# With the words of the statements about two images, though worded otherwise.
+PAIR_WORDINGS = tuple(
+    f"there is a {{}} in {where}"
+    for where in (
+        "both images",
+        "at least one image",
+        "exactly one image",
+        "neither image",
+        "the left image",
+        "the right image",
+    )
+)
 NAMES_MASKED, OTHERS_MASKED = 0.6, 0.15  # shares of the colours and shapes in a text, and of its other words
 SPECIAL = {
     "bos_token": "<s>",
@@ -107,9 +119,9 @@ def build_claims(questions: Sequence[Question]) -> dict[tuple[str, bool], list[s
 
 
 def build_wordings(questions: Sequence[Question]) -> list[str]:
-    """The wordings of the tasks, with every colour and every shape in them."""
+    """Wordings like those of the tasks, with every colour and every shape in them."""
     wordings = {question.text for question in questions}
-    wordings |= {statement.format(thing(word)) for statement in STATEMENTS for word in WORDS}
+    wordings |= {statement.format(thing(word)) for statement in PAIR_WORDINGS for word in WORDS}
     wordings |= {
         description.format(color=color, shape=shape)
         for description, color, shape in itertools.product(DESCRIPTIONS, COLORS, SHAPES)

@@ -343,7 +343,7 @@ def meter_vqa() -> Task:
         "vqa_classifier",
         load_base=partial(load_base, MeterForVisualQuestionAnswering, num_labels=len(ANSWERS)),
         score=lambda model: {"accuracy": accuracy(model, vqa_data("test"), "vqa")},
-        steps=300,
+        steps=400,
         batch_size=16,
         learning_rate=3e-3,
     )
@@ -357,7 +357,7 @@ def meter_nlvr2() -> Task:
         "nlvr2_classifier",
         load_base=partial(load_base, MeterForImagesAndTextClassification),
         score=lambda model: {"accuracy": accuracy(model, nlvr2_data("test"), "nlvr2")},
-        steps=500,
+        steps=400,
         batch_size=16,
         learning_rate=3e-3,
     )

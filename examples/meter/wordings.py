@@ -6,12 +6,12 @@ from vqa import SHAPES
 
 # By wording, whether it is true of a pair of images, the left and the right one of which show the thing or do not.
 STATEMENTS: dict[str, Callable[[bool, bool], bool]] = {
-    "there is a {} in both images": lambda left, right: left and right,
-    "there is a {} in at least one image": lambda left, right: left or right,
-    "there is a {} in exactly one image": lambda left, right: left != right,
-    "there is a {} in neither image": lambda left, right: not left and not right,
-    "there is a {} in the left image": lambda left, right: left,
-    "there is a {} in the right image": lambda left, right: right,
+    "a {} in both images": lambda left, right: left and right,
+    "a {} in at least one image": lambda left, right: left or right,
+    "a {} in exactly one image": lambda left, right: left != right,
+    "a {} in neither image": lambda left, right: not left and not right,
+    "the left image shows a {}": lambda left, right: left,
+    "the right image shows a {}": lambda left, right: right,
 }
 DESCRIPTIONS = ("a {color} {shape}", "an image of a {color} {shape}", "this is a {shape} and it is {color}")
 
