@@ -67,10 +67,14 @@ def part_of(image: int, split: Split) -> Part:
     return "test" if split == "test" else "reward" if image % 20 == 0 else "train"
 
 
+def split_of(part: Part) -> Split:
+    """Which split of easy-VQA a part of the data is of."""
+    return "test" if part == "test" else "train"
+
+
 @cache
-def load_shown(part: Part) -> tuple[Shown, ...]:
-    """The images of a part whose colour and shape are both known."""
-    split: Split = "test" if part == "test" else "train"
+def _words_by_image(split: Split) -> dict[int, set[str]]:
+    """The colours and shapes that are known of each image."""
     words: dict[int, set[str]] = {}
     for question in load_questions("what", split):
         words.setdefault(question.image, set()).add(question.answer)
@@ -78,9 +82,16 @@ def load_shown(part: Part) -> tuple[Shown, ...]:
         word, present = fact(question)
         if present:
             words.setdefault(question.image, set()).add(word)
+    return words
+
+
+@cache
+def load_shown(part: Part) -> tuple[Shown, ...]:
+    """The images of a part whose colour and shape are both known."""
+    split = split_of(part)
     return tuple(
         Shown(image, *sorted(found, key=lambda word: word in SHAPES))
-        for image, found in sorted(words.items())
+        for image, found in sorted(_words_by_image(split).items())
         if len(found) == 2 and part_of(image, split) == part
     )
 
@@ -151,10 +162,6 @@ def collate(samples: Sequence[tuple[Item, Tensor]], name: str) -> dict[str, Tens
     if name == "retrieval":
         batch |= {key: batch[key].unflatten(0, (len(items), -1)) for key in ("input_ids", "attention_mask")}
     return batch
-
-
-def split_of(part: Part) -> Split:
-    return "test" if part == "test" else "train"
 
 
 @cache
