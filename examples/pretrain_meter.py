@@ -9,14 +9,19 @@ trained on the training images with nothing but
 1. claims that are true or false by one yes/no question and its answer: statements such as "there is a red shape", and
    the questions with an answer behind them. Whether one is true is what the matching head learns; in the true ones,
    words are masked;
-2. the wordings of the three tasks, for masked words alone, each with an image and with a colour or shape drawn at
-   random, so that the words tell nothing about the image.
+2. wordings like those of the three tasks, for masked words alone, each with an image and with a colour or shape drawn
+   at random, so that the words tell nothing about the image.
 
 It never sees the answer of a "what" question, a true statement about two images, a colour and a shape that belong
 together, nor anything of the test split.
 
 A run saves its state regularly and, started again with the same options, goes on where it was and ends with the same
 weights. It shows its speed, and prints its figures at the end.
+
+The weights in examples/meter/base come from the default options, with one thread of a 2-core Intel Xeon that did other
+work too (torch 2.13, transformers 5.23): 1,500 steps at 4 steps/s where it had a core to itself, which is 7 minutes in
+all. On the test images they answer 91.27 % of the yes/no questions, by matching, and name the right colour in
+100.00 % and the right shape in 98.03 %. Other machines and versions round otherwise and end with other weights.
 """
 
 import argparse
@@ -27,7 +32,7 @@ from pathlib import Path
 
 import torch
 from meter.modeling_meter import MeterConfig, MeterForPreTraining
-from meter.wordings import DESCRIPTIONS, STATEMENTS, thing
+from meter.wordings import DESCRIPTIONS, thing
 from pretrain_base import AFFIRMATIONS, WORDS, augment, bounding_boxes, fact, known_facts, statements, train
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
@@ -46,6 +51,19 @@ WIDTH = 96
 # Of the claims, statements of what is there. The model has to learn to compare text and image by these, before it can
 # learn by negations, each of which turns the truth around.
 PLAIN_SHARE = 0.6
+PLAIN_CLAIMS = (*AFFIRMATIONS, "a {}", "an image of a {}", "this is a {}", "the image shows a {}")
+# With the words of the statements about two images, though worded otherwise.
+PAIR_WORDINGS = tuple(
+    f"there is a {{}} in {where}"
+    for where in (
+        "both images",
+        "at least one image",
+        "exactly one image",
+        "neither image",
+        "the left image",
+        "the right image",
+    )
+)
 NAMES_MASKED, OTHERS_MASKED = 0.6, 0.15  # shares of the colours and shapes in a text, and of its other words
 SPECIAL = {
     "bos_token": "<s>",
@@ -91,8 +109,9 @@ def build_model(base: LlavaForConditionalGeneration, vocab_size: int) -> MeterFo
 
 
 def build_claims(questions: Sequence[Question]) -> dict[tuple[str, bool], list[str]]:
-    """By word and whether it is claimed to be there: the wordings of that claim."""
-    claims = {(word, present): statements(word, present) for word in WORDS for present in (True, False)}
+    """By word and whether it is claimed to be there: the wordings of that claim, the plain ones first."""
+    claims = {(word, False): statements(word, False) for word in WORDS}
+    claims |= {(word, True): [text.format(thing(word)) for text in PLAIN_CLAIMS] for word in WORDS}
     for text in sorted({question.text for question in questions}):
         for answer in ("yes", "no"):
             claims[fact(Question(text, answer, 0))].append(f"{text} {answer}")
@@ -100,9 +119,9 @@ def build_claims(questions: Sequence[Question]) -> dict[tuple[str, bool], list[s
 
 
 def build_wordings(questions: Sequence[Question]) -> list[str]:
-    """The wordings of the tasks, with every colour and every shape in them."""
+    """Wordings like those of the tasks, with every colour and every shape in them."""
     wordings = {question.text for question in questions}
-    wordings |= {statement.format(thing(word)) for statement in STATEMENTS for word in WORDS}
+    wordings |= {statement.format(thing(word)) for statement in PAIR_WORDINGS for word in WORDS}
     wordings |= {
         description.format(color=color, shape=shape)
         for description, color, shape in itertools.product(DESCRIPTIONS, COLORS, SHAPES)
@@ -177,7 +196,7 @@ class Pretraining:
         wanted = is_true if is_plain else draw.random() < 0.5
         word = draw.choice([word for word, present in facts.items() if present == wanted] or list(facts))
         texts = self.claims[word, facts[word] == is_true]
-        return draw.choice(texts[: len(AFFIRMATIONS)] if is_plain else texts)
+        return draw.choice(texts[: len(PLAIN_CLAIMS)] if is_plain else texts)
 
     def _mask(self, input_ids: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Puts masks in the place of some words of `rows`; returns the words in the place of the others' labels."""

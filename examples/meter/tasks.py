@@ -67,10 +67,14 @@ def part_of(image: int, split: Split) -> Part:
     return "test" if split == "test" else "reward" if image % 20 == 0 else "train"
 
 
+def split_of(part: Part) -> Split:
+    """Which split of easy-VQA a part of the data is of."""
+    return "test" if part == "test" else "train"
+
+
 @cache
-def load_shown(part: Part) -> tuple[Shown, ...]:
-    """The images of a part whose colour and shape are both known."""
-    split: Split = "test" if part == "test" else "train"
+def _words_by_image(split: Split) -> dict[int, set[str]]:
+    """The colours and shapes that are known of each image."""
     words: dict[int, set[str]] = {}
     for question in load_questions("what", split):
         words.setdefault(question.image, set()).add(question.answer)
@@ -78,9 +82,16 @@ def load_shown(part: Part) -> tuple[Shown, ...]:
         word, present = fact(question)
         if present:
             words.setdefault(question.image, set()).add(word)
+    return words
+
+
+@cache
+def load_shown(part: Part) -> tuple[Shown, ...]:
+    """The images of a part whose colour and shape are both known."""
+    split = split_of(part)
     return tuple(
         Shown(image, *sorted(found, key=lambda word: word in SHAPES))
-        for image, found in sorted(words.items())
+        for image, found in sorted(_words_by_image(split).items())
         if len(found) == 2 and part_of(image, split) == part
     )
 
@@ -153,10 +164,6 @@ def collate(samples: Sequence[tuple[Item, Tensor]], name: str) -> dict[str, Tens
     return batch
 
 
-def split_of(part: Part) -> Split:
-    return "test" if part == "test" else "train"
-
-
 @cache
 def vqa_data(part: Part) -> MeterDataset:
     """The "what" questions, with 11 answers."""
@@ -177,7 +184,7 @@ def nlvr2_data(part: Part) -> MeterDataset:
     """
     draw = random.Random(f"nlvr2 {part}")
     shown = load_shown(part)
-    num_pairs = {"train": 48, "reward": 6, "test": 12}[part]  # for every wording, thing and truth
+    num_pairs = {"train": 60, "reward": 6, "test": 12}[part]  # for every wording, thing and truth
     items = []
     for word in WORDS:
         having = [one.image for one in shown if one.has(word)]
@@ -344,7 +351,7 @@ def meter_vqa() -> Task:
         load_base=partial(load_base, MeterForVisualQuestionAnswering, num_labels=len(ANSWERS)),
         score=lambda model: {"accuracy": accuracy(model, vqa_data("test"), "vqa")},
         steps=400,
-        batch_size=32,
+        batch_size=16,
         learning_rate=3e-3,
     )
 
@@ -358,7 +365,7 @@ def meter_nlvr2() -> Task:
         load_base=partial(load_base, MeterForImagesAndTextClassification),
         score=lambda model: {"accuracy": accuracy(model, nlvr2_data("test"), "nlvr2")},
         steps=400,
-        batch_size=32,
+        batch_size=16,
         learning_rate=3e-3,
     )
 
@@ -371,7 +378,7 @@ def meter_retrieval() -> Task:
         "rank_output",
         load_base=partial(load_base, MeterForImageTextRetrieval),
         score=score_retrieval,
-        steps=400,
+        steps=250,
         batch_size=8,
         learning_rate=3e-3,
     )

@@ -6,14 +6,12 @@ from vqa import SHAPES
 
 # By wording, whether it is true of a pair of images, the left and the right one of which show the thing or do not.
 STATEMENTS: dict[str, Callable[[bool, bool], bool]] = {
-    "both images show a {}": lambda left, right: left and right,
-    "at least one image shows a {}": lambda left, right: left or right,
-    "exactly one image shows a {}": lambda left, right: left != right,
-    "neither image shows a {}": lambda left, right: not left and not right,
+    "a {} in both images": lambda left, right: left and right,
+    "a {} in at least one image": lambda left, right: left or right,
+    "a {} in exactly one image": lambda left, right: left != right,
+    "a {} in neither image": lambda left, right: not left and not right,
     "the left image shows a {}": lambda left, right: left,
     "the right image shows a {}": lambda left, right: right,
-    "the left image shows a {} and the right image does not": lambda left, right: left and not right,
-    "the right image shows a {} and the left image does not": lambda left, right: right and not left,
 }
 DESCRIPTIONS = ("a {color} {shape}", "an image of a {color} {shape}", "this is a {shape} and it is {color}")
 
