@@ -551,7 +551,7 @@ def test_easy_vqa(monkeypatch, tmp_path):
     pixels = torch.zeros(1, 3, 64, 64).expand(4000, -1, -1, -1)
     monkeypatch.setattr(lavin.easy_vqa, "preprocess", lambda processor, images: pixels)
     task = lavin.easy_vqa.lavin_easy_vqa()
-    assert (len(task.train), len(task.reward), len(task.test)) == (9614, 554, 2537)
+    assert (len(task.train), len(task.reward), len(task.test)) == (36631, 1944, 2419)
     base, again = task.load_base(), task.load_base()
     assert base.config.num_image_tokens == 4
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters(), strict=True))

@@ -93,8 +93,8 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
 
 
 def _search(task: Task) -> EASCallback:
-    # A short run needs its rewards sooner.
-    return EASCallback(reward_dataset=task.reward, interval=max(1, min(10, task.steps // 50)))
+    # A short run needs its rewards more often.
+    return EASCallback(reward_dataset=task.reward, interval=max(1, min(10, task.steps // 150)))
 
 
 # By name: the method, what tables call it, and whether it skips anything.

@@ -1,6 +1,6 @@
-"""easy-VQA's "what" questions as a task for a small LaVIN, made of the parts of the shipped base model."""
+"""easy-VQA as a task for a small LaVIN, made of the parts of the shipped base model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,12 +8,14 @@ from lavin.modeling_lavin import LavinForConditionalGeneration
 from lavin.processing_lavin import LavinProcessor
 from lavin.samples import LavinCollator, Sample
 from task import Task
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration
-from vqa import Question, exact_match, load_images, load_questions, preprocess
+from vqa import Kind, Question, Split, exact_match, load_images, load_questions, preprocess
 
 BASE = Path(__file__).parents[1] / "base"
+KINDS: tuple[Kind, ...] = ("what", "yes/no")
+TEST_EVERY = 4  # of the test questions one in so many is asked, which leaves more than 2,400
 
 
 def load_lavin(seed: int = 0) -> tuple[LavinForConditionalGeneration, LavinProcessor]:
@@ -33,28 +35,33 @@ def load_lavin(seed: int = 0) -> tuple[LavinForConditionalGeneration, LavinProce
 
 
 def lavin_easy_vqa() -> Task:
-    """The task; the majority answer is right on 17.7 % of its test questions."""
+    """The task: all questions of easy-VQA, of which one in twenty training images is held back for the rewards.
+
+    The most frequent answer is right on 17.7 % of the test split's "what" questions and on 82.5 % of the others.
+    """
     _, processor = load_lavin()
     pixel_values = {split: preprocess(processor, load_images(split)) for split in ("train", "test")}
+    questions = [question for kind in KINDS for question in load_questions(kind, "train")]
 
-    def samples(questions: Sequence[Question], images: Tensor) -> list[Sample]:
-        return [Sample(question.text, question.answer, images[question.image]) for question in questions]
+    def samples(questions: Iterable[Question], split: Split) -> list[Sample]:
+        return [Sample(q.text, q.answer, pixel_values[split][q.image]) for q in questions]
 
-    questions = load_questions("what", "train")
-    train = samples([q for q in questions if q.image % 20 != 0], pixel_values["train"])
-    reward = samples([q for q in questions if q.image % 20 == 0], pixel_values["train"])
-    test = samples(load_questions("what", "test"), pixel_values["test"])
+    tests = {kind: samples(load_questions(kind, "test")[::TEST_EVERY], "test") for kind in KINDS}
     collate = LavinCollator(processor)
 
     def score(model: nn.Module) -> dict[str, float]:
-        return {"accuracy": exact_match(model, DataLoader(test, batch_size=128, collate_fn=collate))}
+        shares = {
+            kind: exact_match(model, DataLoader(t, batch_size=128, collate_fn=collate)) for kind, t in tests.items()
+        }
+        right = sum(share * len(tests[kind]) for kind, share in shares.items())
+        return {"accuracy": right / sum(map(len, tests.values())), **shares}
 
     return Task(
         name="lavin-easy-vqa",
         load_base=lambda: load_lavin()[0],
-        train=train,
-        reward=reward,
-        test=test,
+        train=samples((q for q in questions if q.image % 20 != 0), "train"),
+        reward=samples((q for q in questions if q.image % 20 == 0), "train"),
+        test=[sample for part in tests.values() for sample in part],
         collate=collate,
         score=score,
         eas={
@@ -67,8 +74,8 @@ def lavin_easy_vqa() -> Task:
             "modules_to_save": ["multi_modal_projector", "modality_embedding"],
         },
         lora_targets=r".*(language_model|vision_tower).*\.self_attn\.(q|v)_proj",
-        steps=300,
+        steps=600,
         batch_size=32,
         learning_rate=3e-3,
-        deployed_batch=lambda: dict(LavinCollator(processor, "left", prompt_only=True)(test[:32])),
+        deployed_batch=lambda: dict(LavinCollator(processor, "left", prompt_only=True)(tests["what"][:32])),
     )
