@@ -20,7 +20,14 @@ import time
 from pathlib import Path
 
 import torch
-from measure import cache_bytes_per_token, markdown_table, num_parameters, speed_up, time_models
+from measure import (
+    cache_bytes_per_token,
+    markdown_table,
+    num_parameters,
+    size_on_disk,
+    speed_up,
+    time_models,
+)
 from peft import PeftModel, get_peft_model
 from smollm2 import load_smollm2
 from transformers import (
@@ -185,11 +192,6 @@ def tune(
     seconds = time.perf_counter() - start
     trainer.save_state()
     return model.eval(), seconds
-
-
-def size_on_disk(folder: Path) -> int:
-    """Bytes of the weights in `folder`."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,11 @@ def cache_bytes_per_token(model: nn.Module, batch: Batch) -> float:
 def num_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Number of the model's parameters, or of those that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the weights in `folder`."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

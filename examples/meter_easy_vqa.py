@@ -16,16 +16,14 @@ compared.
 import argparse
 import copy
 import json
-import statistics
 import time
 from pathlib import Path
 
 import torch
-from easy_vqa import markdown_table, num_parameters, size_on_disk
+from measure import markdown_table, num_parameters, size_on_disk, speed_up, time_models
 from meter.tasks import AUTO_CLASSES, TASKS, blind_score
 from peft import PeftModel, get_peft_model
 from task import Task, tune
-from torch import Tensor, nn
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.plots import plot_search_curve, plot_skip_map
@@ -61,19 +59,6 @@ def tune_with_eas(task: Task, num_skip: int, folder: Path, arguments: argparse.N
     return model.eval(), time.perf_counter() - start
 
 
-@torch.no_grad()
-def seconds_per_batch(models: dict[str, nn.Module], batch: dict[str, Tensor], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a forward pass per round, the models taking turns so that a slow moment hits them all."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for round_number in range(rounds + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(**batch)
-            if round_number > 0:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def run(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """Tunes, searches, merges, saves and reloads for one task; returns its figures."""
     task, folder = TASKS[name](), arguments.output_dir / name
@@ -99,8 +84,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     with torch.no_grad():
         difference = (reloaded(**batch).logits - unmerged_logits).abs().max().item()
     base.to(device).save_pretrained(folder / "base")
-    seconds = seconds_per_batch({"base": base, "merged": reloaded}, batch, 3 if arguments.quick else 25)
-    speed_up = statistics.median(b / m for b, m in zip(seconds["base"], seconds["merged"], strict=True))
+    seconds = time_models({"base": base, "merged": reloaded}, batch, 3 if arguments.quick else 25)["prefill"]
     if num_skip:
         plot_skip_map(folder / "eas", folder / "skip_map.png")
         plot_search_curve(folder / "eas", folder / "search_curve.png")
@@ -108,7 +92,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         "scores": scores,
         "skipped": skipped,
         "logits_difference": difference,
-        "speed_up": speed_up,
+        "speed_up": speed_up(seconds, "merged"),
         "trainable": {"nothing skipped": num_parameters(full, True), "EAS": num_parameters(eas, True)},
         "parameters": {"base": num_parameters(base), "merged": num_parameters(reloaded)},
         "bytes": {kind: size_on_disk(folder / kind) for kind in ("base", "merged")},

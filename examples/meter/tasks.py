@@ -323,7 +323,7 @@ def score_retrieval(model: nn.Module) -> dict[str, float]:
 
 def _task(name: str, data: Any, head: str, **values: Any) -> Task:
     return Task(
-        name=name,
+        name=f"meter-{name}",
         train=data("train"),
         reward=data("reward"),
         test=data("test"),
