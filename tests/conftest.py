@@ -3,6 +3,7 @@
 Set PEFT_EAS_TEST_DEVICE to run everything on another device, such as "cuda".
 """
 
+import importlib.metadata
 import os
 from collections.abc import Callable
 
@@ -20,6 +21,11 @@ torch.set_num_threads(1)
 needs_sound_caches = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18),
     reason="before transformers 5.18 assisted decoding goes wrong, and a cache that is reset keeps its length",
+)
+# Not by its module, the name of which examples/easy_vqa.py has, too.
+needs_easy_vqa = pytest.mark.skipif(
+    not any(distribution.name == "easy-vqa" for distribution in importlib.metadata.distributions()),
+    reason="needs the package easy-vqa (extra `examples`)",
 )
 transformers.utils.logging.disable_progress_bar()
 

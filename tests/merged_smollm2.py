@@ -1,17 +1,12 @@
 """SmolLM2-135M-Instruct with half of its attentions skipped, merged: a real model for the tests of other engines."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import get_peft_model
+from smollm2 import is_installed, load_smollm2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_eas import EASConfig
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from smollm2 import is_installed, load_smollm2
 
 SKIPPED = (3, 5, 6, 7, 8, 9, 10, 11, 12, 23, 25, 26, 27, 28, 29)
 QUESTIONS = (

@@ -7,16 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from baselines.das import LayerSkipping, SkippedLayer
+from baselines.methods import LABELS, METHODS, SKIPS_NOTHING
+from compare_report import write_report
 from conftest import LAYERS, VOCAB, build_model, difference, logits, make_inputs
+from task import Task, tune
 from transformers import PreTrainedModel
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from baselines.das import LayerSkipping, SkippedLayer  # noqa: E402
-from baselines.methods import LABELS, METHODS, SKIPS_NOTHING  # noqa: E402
-from compare_report import write_report  # noqa: E402
-from task import Task, tune  # noqa: E402
 
 NAMES = [f"model.layers.{i}" for i in range(LAYERS)]
 

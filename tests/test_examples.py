@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, build_model
+from conftest import LAYERS, WIDTH, build_model, needs_easy_vqa
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ANSWERS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow", "circle", "rectangle", "triangle"}
-
-needs_data = pytest.mark.skipif(
-    importlib.util.find_spec("easy_vqa") is None, reason="needs the package easy-vqa (extra `examples`)"
-)
 
 
 def run(script: str, *options: str) -> str:
@@ -33,7 +29,7 @@ def run(script: str, *options: str) -> str:
     return process.stdout
 
 
-@needs_data
+@needs_easy_vqa
 def test_main_job_smoke(tmp_path: Path) -> None:
     printed = run("easy_vqa.py", "--quick", "--device", "cpu", "--output-dir", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
@@ -46,9 +42,8 @@ def test_main_job_smoke(tmp_path: Path) -> None:
     assert len(merged_config["eas"]["skipped"]) == 4
 
 
-@needs_data
-def test_base_never_sees_an_answer_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+@needs_easy_vqa
+def test_base_never_sees_an_answer_of_the_task() -> None:
     import pretrain_base
     import vqa
 
@@ -132,8 +127,7 @@ def test_benchmark(tmp_path: Path) -> None:
     assert results["merge"]["extra_bytes"] > 0
 
 
-def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_peak_memory() -> None:
     from peak_memory import peak_memory
 
     start = torch.ones(256, 1024)  # 1 MiB

@@ -2,14 +2,14 @@
 
 import copy
 import math
-import sys
-from importlib.metadata import distributions
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import difference
+from conftest import difference, needs_easy_vqa
+from lavin.modeling_lavin import IMAGE_TOKEN, MODALITY_TOKEN, LavinConfig, LavinForConditionalGeneration, LavinModel
+from lavin.processing_lavin import LavinProcessor
+from lavin.samples import IGNORE, LavinCollator, Sample
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,12 +28,6 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from peft_eas import EASCallback, EASConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from lavin.modeling_lavin import IMAGE_TOKEN, MODALITY_TOKEN, LavinConfig, LavinForConditionalGeneration, LavinModel
-from lavin.processing_lavin import LavinProcessor
-from lavin.samples import IGNORE, LavinCollator, Sample
 
 WORDS = [
     "<pad>",
@@ -539,9 +533,7 @@ def test_trainer(lavin, tmp_path):
     assert generate(merged, prompts).sequences.shape == (3, prompts["input_ids"].shape[1] + 3)
 
 
-@pytest.mark.skipif(
-    not any(d.name == "easy-vqa" for d in distributions()), reason="needs the package easy-vqa (extra `examples`)"
-)
+@needs_easy_vqa
 def test_easy_vqa(monkeypatch, tmp_path):
     """The task on pictures that are all alike: its parts, and a step of tuning."""
     import lavin.easy_vqa

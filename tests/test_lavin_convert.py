@@ -6,21 +6,18 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import lavin_convert
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import difference
+from lavin.convert import convert_adapter, load_clip, load_llama, load_tokenizer, read_adapter
+from lavin.modeling_lavin import LavinForConditionalGeneration
+from lavin.processing_lavin import LavinProcessor
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import lavin_convert
-from lavin.convert import convert_adapter, load_clip, load_llama, load_tokenizer, read_adapter
-from lavin.modeling_lavin import LavinForConditionalGeneration
-from lavin.processing_lavin import LavinProcessor
 
 WIDTH, HEADS, LAYERS, FFN, VOCAB = 16, 2, 3, 24, 30
 VISION_WIDTH, VISION_LAYERS, PATCH, IMAGE, PROJECTED = 128, 4, 4, 8, 6

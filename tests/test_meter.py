@@ -1,15 +1,23 @@
 """METER of examples/meter: the model under EAS, its heads, the converter and the tasks."""
 
 import functools
-import importlib.util
 import itertools
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import difference
+from conftest import difference, needs_easy_vqa
+from meter.convert import convert, infer_config, read_checkpoint, resize_positions
+from meter.modeling_meter import (
+    CROSS_MODAL_MHAS,
+    MeterConfig,
+    MeterForImagesAndTextClassification,
+    MeterForImageTextRetrieval,
+    MeterForPreTraining,
+    MeterForVisualQuestionAnswering,
+    MeterModel,
+)
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,23 +30,6 @@ from transformers import (
 )
 
 from peft_eas import EASConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from meter.convert import convert, infer_config, read_checkpoint, resize_positions
-from meter.modeling_meter import (
-    CROSS_MODAL_MHAS,
-    MeterConfig,
-    MeterForImagesAndTextClassification,
-    MeterForImageTextRetrieval,
-    MeterForPreTraining,
-    MeterForVisualQuestionAnswering,
-    MeterModel,
-)
-
-needs_data = pytest.mark.skipif(
-    importlib.util.find_spec("easy_vqa") is None, reason="needs the package easy-vqa (extra `examples`)"
-)
 
 WIDTH, LAYERS, VOCAB, ANSWERS = 16, 2, 30, 5
 HEADS = {
@@ -631,7 +622,7 @@ def test_truth_of_statements() -> None:
         }
 
 
-@needs_data
+@needs_easy_vqa
 def test_what_images_show() -> None:
     from meter.tasks import load_shown
     from vqa import load_questions
@@ -646,7 +637,7 @@ def test_what_images_show() -> None:
     assert all(by_image[question.image].has(question.answer) for question in questions)
 
 
-@needs_data
+@needs_easy_vqa
 def test_parts_have_no_image_in_common() -> None:
     from meter.tasks import nlvr2_data, retrieval_data, vqa_data
 
@@ -664,7 +655,7 @@ def test_parts_have_no_image_in_common() -> None:
         assert [data(part).split for part in ("train", "reward", "test")] == ["train", "train", "test"]
 
 
-@needs_data
+@needs_easy_vqa
 def test_nlvr2_is_balanced_and_true() -> None:
     from meter.tasks import load_shown, nlvr2_data
 
@@ -686,7 +677,7 @@ def test_nlvr2_is_balanced_and_true() -> None:
         assert left != right
 
 
-@needs_data
+@needs_easy_vqa
 def test_descriptions_and_galleries() -> None:
     from meter.tasks import galleries, load_shown, retrieval_data
 
@@ -705,7 +696,7 @@ def test_descriptions_and_galleries() -> None:
         assert gallery.fits.sum(1).tolist() == [1] * 96
 
 
-@needs_data
+@needs_easy_vqa
 def test_tasks_on_the_base() -> None:
     """The shipped base takes every task's batches, whose answers stand where the model reads them."""
     from meter.tasks import TASKS
@@ -721,7 +712,7 @@ def test_tasks_on_the_base() -> None:
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), name
 
 
-@needs_data
+@needs_easy_vqa
 def test_base_never_sees_what_the_tasks_ask() -> None:
     import pretrain_meter
     from vqa import load_questions

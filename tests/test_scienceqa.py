@@ -4,27 +4,23 @@ import json
 import sys
 from pathlib import Path
 
+import lavin_scienceqa
 import pytest
 import torch
+from lavin.answering import generate_texts, rank_letters
+from lavin.batches import AnswerCollator, order_by_length
+from lavin.samples import IGNORE, LavinCollator
+from lavin.scienceqa import INPUTS, OUTPUTS, ScienceQADataset, read_problems, write_prompt
+from lavin.scienceqa_scores import accuracies, accuracy_rows, chance, count, parse_letter
+from lavin.scienceqa_task import load_lavin, make_task, split_problems
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from scienceqa_data import byte_tokenizer, problem, write_data, write_image, write_llm, write_many
+from stages import Stages
 from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from peft_eas import EASConfig
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import lavin_scienceqa  # noqa: E402
-from lavin.answering import generate_texts, rank_letters  # noqa: E402
-from lavin.batches import AnswerCollator, order_by_length  # noqa: E402
-from lavin.samples import IGNORE, LavinCollator  # noqa: E402
-from lavin.scienceqa import INPUTS, OUTPUTS, ScienceQADataset, read_problems, write_prompt  # noqa: E402
-from lavin.scienceqa_scores import accuracies, accuracy_rows, chance, count, parse_letter  # noqa: E402
-from lavin.scienceqa_task import load_lavin, make_task, split_problems  # noqa: E402
-from stages import Stages  # noqa: E402
 
 # One with everything: hint, image with caption, and an explanation of two lines.
 FULL = {
