@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--skip", type=float, default=0.5, help="share of the 24 attentions to skip")
     parser.add_argument("--steps", type=int, help="optimizer steps of each of the two runs (default: the task's)")
-    parser.add_argument("--search-steps", type=float, default=0.4, help="share of the steps for the search")
+    parser.add_argument("--search-steps", type=float, default=0.3, help="share of the steps for the search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/meter_easy_vqa"))
     parser.add_argument("--quick", action="store_true", help="a smoke test: few steps")

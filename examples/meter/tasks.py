@@ -24,8 +24,8 @@ from meter.modeling_meter import (
     MeterForVisualQuestionAnswering,
     MeterPreTrainedModel,
 )
-from meter.wordings import DESCRIPTIONS, STATEMENTS, thing
-from pretrain_base import WORDS, fact
+from meter.wordings import DESCRIPTIONS, STATEMENTS
+from pretrain_base import fact
 from task import Task
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -178,26 +178,25 @@ def vqa_data(part: Part) -> MeterDataset:
 
 @cache
 def nlvr2_data(part: Part) -> MeterDataset:
-    """Statements about two images, true or false; as many of each, for every wording and every colour or shape.
+    """Statements about the shapes in two images, true or false; as many of each, for every wording and every shape.
 
-    What makes it true or false, that one image shows the thing, the other, both or neither, takes turns.
+    What makes it true or false, that one image shows the shape, the other, both or neither, takes turns.
     """
     draw = random.Random(f"nlvr2 {part}")
     shown = load_shown(part)
-    num_pairs = {"train": 60, "reward": 6, "test": 12}[part]  # for every wording, thing and truth
+    num_pairs = {"train": 240, "reward": 20, "test": 60}[part]  # for every wording, shape and truth
     items = []
-    for word in WORDS:
-        having = [one.image for one in shown if one.has(word)]
-        lacking = [one.image for one in shown if not one.has(word)]
+    for shape in SHAPES:
+        having = [one.image for one in shown if one.has(shape)]
+        lacking = [one.image for one in shown if not one.has(shape)]
         for statement, is_true in STATEMENTS.items():
-            text = statement.format(thing(word))
             for truth in (False, True):
                 cases = [case for case in product((False, True), repeat=2) if is_true(*case) == truth]
                 for number in range(num_pairs):
                     left, right = cases[number % len(cases)]
                     first = draw.choice(having if left else lacking)
                     second = draw.choice([image for image in (having if right else lacking) if image != first])
-                    items.append(Item((text,), (first, second), int(truth)))
+                    items.append(Item((statement.format(shape),), (first, second), int(truth)))
     draw.shuffle(items)
     return MeterDataset(items, split_of(part))
 

@@ -8,7 +8,6 @@ from vqa import SHAPES
 STATEMENTS: dict[str, Callable[[bool, bool], bool]] = {
     "a {} in both images": lambda left, right: left and right,
     "a {} in at least one image": lambda left, right: left or right,
-    "a {} in exactly one image": lambda left, right: left != right,
     "a {} in neither image": lambda left, right: not left and not right,
     "the left image shows a {}": lambda left, right: left,
     "the right image shows a {}": lambda left, right: right,
