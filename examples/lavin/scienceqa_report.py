@@ -63,7 +63,10 @@ def write_report(folder: Path, figures: dict[str, Any], task: Task, data: str, n
         + ".",
         f"Problems: {len(set(task.train.indices))} trained on, {len(task.reward)} for the search's rewards, "
         f"{len(problems)} for the test. Settings: "
-        + ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
+        # Where the data lies says nothing to who reads the report.
+        + ", ".join(
+            f"{name} {value}" for name, value in settings.items() if value not in (None, False) and name != "data"
+        )
         + ".",
     ]
     text = "\n\n".join(parts) + "\n"
