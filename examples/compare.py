@@ -101,7 +101,7 @@ def run(task: Task, method: str, share: float, seed: int, steps: int, rounds: in
         tuning = time.perf_counter() - tuning
     trainable = num_parameters(prepared.model, trainable=True)
     skipped = getattr(getattr(prepared.model, "base_model", prepared.model), "skipped_modules", [])
-    deployed = prepared.model.merge_and_unload().eval()
+    deployed = prepared.model.merge_and_unload(**prepared.merge_options).eval()
     scores = task.score(deployed)
     batch = task.deployed_batch()
     models = {"base": base, "deployed": deployed}

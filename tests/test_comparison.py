@@ -74,7 +74,7 @@ def test_every_method_tunes_and_is_deployed_as_it_was_tuned(method: str, tmp_pat
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert not any(name.endswith(tuple(before)) for name in trained)
-    deployed = model.merge_and_unload()
+    deployed = model.merge_and_unload(**prepared.merge_options)
     assert isinstance(deployed, PreTrainedModel)
     assert difference(logits(deployed, inputs), expected) < 1e-4
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from baselines.das import LayerSkipping
 from peft import LoraConfig, get_peft_model
@@ -20,18 +21,22 @@ from transformers import PreTrainedModel, TrainerCallback
 from peft_eas import EASCallback, EASConfig, attention_similarities
 
 CALIBRATION_BATCHES = 8
+# Half of a run is left to train with what is folded: learning rates have all but ended at the callback's own 0.8.
+FREEZE_CONTEXT_AT = 0.5
 
 
 @dataclass
 class Prepared:
     """A model to tune, and the callbacks to tune it with.
 
-    `choice_seconds` is how long it took to choose what to skip, before the tuning.
+    `choice_seconds` is how long it took to choose what to skip, before the tuning; `merge_options` are for its
+    `merge_and_unload`.
     """
 
     model: nn.Module
     callbacks: list[TrainerCallback] = field(default_factory=list)
     choice_seconds: float = 0.0
+    merge_options: dict[str, Any] = field(default_factory=dict)
 
 
 Method = Callable[[PreTrainedModel, Task, int, int], Prepared]
@@ -39,7 +44,7 @@ Method = Callable[[PreTrainedModel, Task, int, int], Prepared]
 
 def nothing_skipped(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """Adapters at all MHAs, of which none is skipped."""
-    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [EASCallback()])
+    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [_freeze()])
 
 
 def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -68,6 +73,12 @@ def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared
     return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [_search(task)])
 
 
+def eas_prompt(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """EAS whose context is each prompt's own to the end, also in the merged model, which keeps its adapters."""
+    model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
+    return Prepared(model, [_search(task, freeze_context_at=None)], merge_options={"context": "prompt"})
+
+
 def no_context(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """EAS with adapters that are told nothing of the prompt."""
     config = EASConfig(num_skip=num_skip, context="none", **task.eas)
@@ -78,7 +89,7 @@ def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -
     """PIAs stand for MHAs drawn at random."""
     model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
     model.base_model.fix_skipped_modules(random.Random(seed).sample(model.base_model.candidates, num_skip))
-    return Prepared(model, [EASCallback()])
+    return Prepared(model, [_freeze()])
 
 
 def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -89,17 +100,23 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
     similarities = attention_similarities(model, islice(loader, CALIBRATION_BATCHES))
     most_similar = sorted(similarities, key=similarities.get, reverse=True)[:num_skip]
     model.base_model.fix_skipped_modules(most_similar)
-    return Prepared(model, [EASCallback()], time.perf_counter() - start)
+    return Prepared(model, [_freeze()], time.perf_counter() - start)
 
 
-def _search(task: Task) -> EASCallback:
+def _search(task: Task, freeze_context_at: float | None = FREEZE_CONTEXT_AT) -> EASCallback:
     # A short run needs its rewards more often.
-    return EASCallback(reward_dataset=task.reward, interval=max(1, min(10, task.steps // 150)))
+    interval = max(1, min(10, task.steps // 150))
+    return EASCallback(reward_dataset=task.reward, interval=interval, freeze_context_at=freeze_context_at)
+
+
+def _freeze() -> EASCallback:
+    return EASCallback(freeze_context_at=FREEZE_CONTEXT_AT)
 
 
 # By name: the method, what tables call it, and whether it skips anything.
 METHODS: dict[str, Method] = {
-    function.__name__: function for function in (nothing_skipped, lora, das, cosine, random_choice, no_context, eas)
+    function.__name__: function
+    for function in (nothing_skipped, lora, das, cosine, random_choice, no_context, eas_prompt, eas)
 }
 LABELS = {
     "nothing_skipped": "adapters, nothing skipped",
@@ -108,6 +125,7 @@ LABELS = {
     "cosine": "cosine similarity + PIA",
     "random_choice": "random + PIA",
     "no_context": "EAS, PIA without context",
+    "eas_prompt": "EAS, each prompt's own context",
     "eas": "EAS",
 }
 SKIPS_NOTHING = ("nothing_skipped", "lora")

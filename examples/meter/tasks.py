@@ -363,7 +363,7 @@ def meter_nlvr2() -> Task:
         "nlvr2_classifier",
         load_base=partial(load_base, MeterForImagesAndTextClassification),
         score=lambda model: {"accuracy": accuracy(model, nlvr2_data("test"), "nlvr2")},
-        steps=400,
+        steps=700,
         batch_size=16,
         learning_rate=3e-3,
     )
