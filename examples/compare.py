@@ -7,8 +7,9 @@
 
 Every run tunes the same base with the same data, steps and learning rate, merges what can be merged, and then scores
 the deployed model and times it against the base, in turns. A finished run is a line of runs.jsonl in --output-dir and
-is not repeated. Several processes may work on one grid at a time if they are given different --tasks or --seeds.
-The table (table.md) and the figure (accuracy_against_speed.png) are written anew after every run.
+is not repeated. The table (table.md) and the figure (accuracy_against_speed.png) are written anew after every run.
+Several processes may work on one grid at a time if they are given different --tasks or --seeds; --report then makes
+one table of all.
 """
 
 import argparse
