@@ -29,7 +29,7 @@ import transformers
 from baselines.methods import METHODS, SKIPS_NOTHING
 from compare_report import headline, write_report
 from lavin.easy_vqa import lavin_easy_vqa
-from measure import cache_bytes_per_token, generates, num_parameters, speed_up, time_models
+from measure import cache_bytes_per_token, generates, num_parameters, on_device, speed_up, time_models
 from meter.tasks import meter_nlvr2, meter_retrieval, meter_vqa
 from peft import get_peft_model
 from task import Task, tune
@@ -86,11 +86,15 @@ class SearchTime(TrainerCallback):
             self.is_searching = self.config.skipped_modules is None
 
 
-def run(task: Task, method: str, share: float, seed: int, steps: int, rounds: int) -> dict[str, Any]:
+def count_mhas(task: Task) -> int:
+    """How many MHAs of the task's base may be skipped."""
+    return len(get_peft_model(task.load_base(), EASConfig(num_skip=0, **task.eas)).base_model.candidates)
+
+
+def run(task: Task, num_mhas: int, method: str, share: float, seed: int, steps: int, rounds: int) -> dict[str, Any]:
     """Tunes, deploys, scores and times one point of the grid; returns its record."""
     start = time.perf_counter()
     base = task.load_base().eval()
-    num_mhas = len(get_peft_model(task.load_base(), EASConfig(num_skip=0, **task.eas)).base_model.candidates)
     num_skip = round(share * num_mhas)
     set_seed(seed)  # of the adapters' first weights
     prepared = METHODS[method](task.load_base(), task, num_skip, seed)
@@ -104,8 +108,8 @@ def run(task: Task, method: str, share: float, seed: int, steps: int, rounds: in
     skipped = getattr(getattr(prepared.model, "base_model", prepared.model), "skipped_modules", [])
     deployed = prepared.model.merge_and_unload(**prepared.merge_options).eval()
     scores = task.score(deployed)
-    batch = task.deployed_batch()
-    models = {"base": base, "deployed": deployed}
+    batch = on_device(task.deployed_batch(), deployed)
+    models = {"base": base.to(deployed.device), "deployed": deployed}
     seconds = time_models(models, batch, rounds)
     record = {
         "task": task.name,
@@ -195,13 +199,14 @@ def main() -> None:
         return [record for record in read_runs(path) if key_of(record) in points]
 
     if not arguments.report:
+        num_mhas = {name: count_mhas(task) for name, task in tasks.items()}
         with tqdm(points, desc="runs", unit="run") as bar:
             for point in bar:
                 if point in map(key_of, finished()):
                     continue
                 name, method, share, seed, steps = point
                 bar.set_postfix_str(f"{name}, {method}, {share:.0%}, seed {seed}")
-                record = run(tasks[name], method, share, seed, steps, arguments.rounds)
+                record = run(tasks[name], num_mhas[name], method, share, seed, steps, arguments.rounds)
                 append_run(path, record)
                 records = finished()
                 write_report(records, arguments.output_dir)

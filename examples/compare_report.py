@@ -90,14 +90,11 @@ def _average_table(records: Sequence[Record]) -> list[str]:
     """The headline figures side by side, and their mean over the tasks."""
     tasks = _names(records, "task")
     rows = [["method", "skipped", *tasks, "mean", "against nothing skipped, points"]]
-    full = {}
-    for task in tasks:
-        runs = [record for record in records if (record["task"], record["method"]) == (task, "nothing_skipped")]
-        full[task] = statistics.mean(map(headline, runs)) if runs else None
     by_key: dict[tuple[str, float], dict[str, list[float]]] = {}
     for task in tasks:
         for method, share, runs in _points(records, task):
             by_key.setdefault((method, share), {})[task] = list(map(headline, runs))
+    full = [statistics.mean(values) for values in by_key.get(("nothing_skipped", 0.0), {}).values()]
     for method, share in sorted(by_key, key=lambda key: (list(LABELS).index(key[0]), key[1])):
         values = by_key[method, share]
         row = [LABELS[method], "—" if method in SKIPS_NOTHING else f"{share:.0%}"]
@@ -105,8 +102,8 @@ def _average_table(records: Sequence[Record]) -> list[str]:
         means = [statistics.mean(values[task]) for task in tasks if task in values]
         is_whole = len(means) == len(tasks)
         row.append(f"{100 * statistics.mean(means):.2f}" if is_whole else "—")
-        compared = is_whole and None not in full.values()
-        row.append(f"{100 * (statistics.mean(means) - statistics.mean(full.values())):+.2f}" if compared else "—")
+        compared = is_whole and len(full) == len(tasks)
+        row.append(f"{100 * (statistics.mean(means) - statistics.mean(full)):+.2f}" if compared else "—")
         rows.append(row)
     return ["## Accuracy of the deployed model, %", markdown_table(rows)] if records else ["No run is finished yet."]
 

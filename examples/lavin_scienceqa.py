@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lavin.answering import generate_texts, on_device, rank_letters
+from lavin.answering import generate_texts, rank_letters
 from lavin.scienceqa_report import write_report
 from lavin.scienceqa_scores import parse_letter
 from lavin.scienceqa_task import load_lavin, make_task, new_tokens, split_problems
-from measure import cache_bytes_per_token, num_parameters, speed_up, time_models
+from measure import cache_bytes_per_token, num_parameters, on_device, speed_up, time_models
 from peft import PeftModel, get_peft_model
 from stages import Stages
 from task import Task, tune
@@ -142,10 +142,7 @@ class Run:
         places = [len(batches) * tenth // 10 for tenth in (1, 1, 3, 5, 7, 9)]  # the first warms up
         seconds = []
         for place in places:
-            batch = {
-                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-                for name, value in batches[place].items()
-            }
+            batch = on_device(batches[place], model)
             start = time.perf_counter()
             model(**batch).loss.backward()
             optimizer.step()

@@ -37,6 +37,12 @@ def decode(model: nn.Module, batch: Batch, num_tokens: int) -> float:
     return time.perf_counter() - start
 
 
+def on_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch with its tensors where the model is."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def generates(model: nn.Module) -> bool:
     """Whether the model generates text, so that it has a KV cache and is decoded from."""
     return bool(getattr(model, "can_generate", lambda: False)())

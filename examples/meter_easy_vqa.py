@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import markdown_table, num_parameters, size_on_disk, speed_up, time_models
+from measure import markdown_table, num_parameters, on_device, size_on_disk, speed_up, time_models
 from meter.tasks import AUTO_CLASSES, TASKS, blind_score
 from peft import PeftModel, get_peft_model
 from task import Task, tune
@@ -75,7 +75,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     eas.save_pretrained(folder / "adapter")
 
     device = next(eas.parameters()).device
-    batch = {key: tensor.to(device) for key, tensor in task.deployed_batch().items()}
+    batch = on_device(task.deployed_batch(), eas)
     with torch.no_grad():
         unmerged_logits = eas(**batch).logits
     merged = copy.deepcopy(eas).merge_and_unload(safe_merge=True)

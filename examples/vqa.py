@@ -8,8 +8,7 @@ the arguments, and an answer may be one token or several.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distribution
@@ -18,12 +17,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from measure import on_device
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from peft_eas.search import evaluation_mode
 
 Kind = Literal["what", "yes/no"]
 Split = Literal["train", "test"]
@@ -193,9 +195,9 @@ def exact_match(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float
     in, the argmax over the full vocabulary is right at each of its positions.
     """
     right, total = 0, 0
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for batch in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            batch = on_device(batch, model)
             # The labels go along because some adapters learn from them where the prompt ends.
             predicted = model(**batch).logits[:, :-1].argmax(-1)
             labels = batch["labels"][:, 1:]
@@ -215,22 +217,12 @@ def generate_answers(
     answers = []
     collator = VQACollator(tokenizer.pad_token_id, padding_side="left", prompt_only=True)
     kwargs = {"max_new_tokens": dataset.max_answer_tokens, "do_sample": False} | kwargs
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            batch = on_device(batch, model)
             token_ids = model.generate(
                 **batch, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **kwargs
             )
             new_ids = token_ids[:, batch["input_ids"].shape[1] :]
             answers += [text.strip() for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
     return answers
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

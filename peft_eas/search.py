@@ -255,18 +255,11 @@ class EASSearch:
         sets = self.bandit.sample_sets(self.num_candidates)
         number = len(self.bandit.rounds)
         batch = number if self.batches is None else self.batches[number % len(self.batches)]
-        modes = [(module, module.training) for module in self.model.modules()]
         losses = []
-        with preserved_random_state(self.seed + number), torch.no_grad():
-            self.model.eval()
-            try:
-                for names in sets:
-                    self.eas.set_skipped_modules(names)
-                    losses.append(self._checked_loss(batch))
-            finally:
-                self.model.train(modes[0][1])
-                for module, mode in modes:  # such as a part of the model that is kept in evaluation mode
-                    module.training = mode
+        with preserved_random_state(self.seed + number), torch.no_grad(), evaluation_mode(self.model):
+            for names in sets:
+                self.eas.set_skipped_modules(names)
+                losses.append(self._checked_loss(batch))
         self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
         self.eas.active_config.note_scores(self._scores)
 
@@ -358,6 +351,19 @@ def _mean_over_ranks(losses: torch.Tensor) -> list[float]:
         torch.distributed.all_gather(on_ranks, losses)
     # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
     return torch.stack(on_ranks).double().cpu().mean(0).tolist()
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; behind it every module's mode is again what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])
+        for module, mode in modes:  # such as a part of the model that is kept in evaluation mode
+            module.training = mode
 
 
 @contextlib.contextmanager

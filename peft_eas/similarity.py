@@ -10,7 +10,7 @@ from torch import nn
 from .architectures import join
 from .candidate import Candidate
 from .layer import MHALayer
-from .search import eas_of
+from .search import eas_of, evaluation_mode
 
 
 @torch.no_grad()
@@ -45,19 +45,16 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
         )
     candidates = {layer.candidate.name: layer.candidate for layer in eas.modules() if isinstance(layer, MHALayer)}
     meters = {name: _Meter(eas.model, candidates[name]) for name in eas.candidates}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            for meter in meters.values():
-                meter.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-            model(**batch)
+        with evaluation_mode(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                for meter in meters.values():
+                    meter.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+                model(**batch)
     finally:
         for meter in meters.values():
             meter.remove()
-        for module, mode in modes:
-            module.training = mode
     unreached = [name for name, meter in meters.items() if meter.count == 0]
     if unreached:
         raise ValueError(

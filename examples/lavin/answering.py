@@ -10,6 +10,7 @@ import torch
 from lavin.processing_lavin import LavinProcessor
 from lavin.samples import LavinCollator, Sample
 from lavin.scienceqa import LETTERS, ScienceQADataset
+from measure import on_device
 from torch import nn
 from tqdm import tqdm
 
@@ -70,11 +71,6 @@ def _read_texts(file: Path | None) -> dict[str, str]:
 def prompts(samples: Sequence[Sample], processor: LavinProcessor) -> dict[str, torch.Tensor]:
     """The samples' prompts as a batch to generate from."""
     return LavinCollator(processor, padding_side="left", prompt_only=True)(samples)
-
-
-def on_device(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The batch where the model is."""
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()

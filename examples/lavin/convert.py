@@ -29,7 +29,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from lavin.modeling_lavin import LavinForConditionalGeneration
+from lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
 from lavin.processing_lavin import LavinProcessor
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -53,9 +53,7 @@ TEXT_MHA = "model.language_model.layers.{}.self_attn"
 TEXT_INPUT = f"{TEXT_MHA}.eas_input"
 TEXT_PIA = "model.language_model.layers.{}.mlp.eas_pia"
 VISION_INPUT = "model.vision_tower.encoder.layers.{}.self_attn.eas_input"
-VISION_PATTERN = r".*vision_tower.*self_attn"
-TARGET_PATTERN = r".*(language_model|vision_tower).*self_attn"
-PROJECTOR, MODALITY = "multi_modal_projector", "modality_embedding"
+PROJECTOR, MODALITY = EAS_ARGUMENTS["modules_to_save"]
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -415,9 +413,7 @@ def convert_adapter(lavin: LavinForConditionalGeneration, released: ReleasedAdap
         norm.data = (norm.float() * blocks[i].input_layernorm.weight.float()).to(norm.dtype)
     config = EASConfig(
         task_type="CAUSAL_LM",
-        target_modules=TARGET_PATTERN,
-        kept_modules=VISION_PATTERN,
-        modules_to_save=[PROJECTOR, MODALITY],
+        **EAS_ARGUMENTS,
         skipped_modules=[TEXT_MHA.format(i) for i in released.skipped],
         r=pia_rank,
         attention_r=rank,

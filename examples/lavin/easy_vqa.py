@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from lavin.modeling_lavin import LavinForConditionalGeneration
+from lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
 from lavin.processing_lavin import LavinProcessor
 from lavin.samples import LavinCollator, Sample
 from task import Task
@@ -66,12 +66,10 @@ def lavin_easy_vqa() -> Task:
         score=score,
         eas={
             "task_type": "CAUSAL_LM",
-            "target_modules": r".*(language_model|vision_tower).*self_attn",
-            "kept_modules": r".*vision_tower.*self_attn",
+            **EAS_ARGUMENTS,
             "r": 32,
             "attention_r": 16,
             "dropout": 0.0,
-            "modules_to_save": ["multi_modal_projector", "modality_embedding"],
         },
         lora_targets=r".*(language_model|vision_tower).*\.self_attn\.(q|v)_proj",
         steps=600,

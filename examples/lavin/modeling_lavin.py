@@ -35,6 +35,12 @@ from transformers.utils import can_return_tuple
 
 IMAGE_TOKEN = "<image>"
 MODALITY_TOKEN = "<modality>"
+# Arguments of `EASConfig`: the vision tower's attentions have adapters and stay, and what is new is trained as well.
+EAS_ARGUMENTS = {
+    "target_modules": r".*(language_model|vision_tower).*self_attn",
+    "kept_modules": r".*vision_tower.*self_attn",
+    "modules_to_save": ["multi_modal_projector", "modality_embedding"],
+}
 # Rows of the modality embedding.
 TEXT_ONLY, WITH_IMAGE = 0, 1
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lavin.answering import generate_texts, num_tokens, prompts
 from lavin.batches import AnswerCollator, order_by_length
-from lavin.modeling_lavin import LavinForConditionalGeneration
+from lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
 from lavin.processing_lavin import LavinProcessor
 from lavin.scienceqa import Problem, ScienceQADataset, read_problems
 from lavin.scienceqa_scores import accuracies, parse_letter
@@ -110,10 +110,7 @@ def make_task(
             )
     eas: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": r, "attention_r": attention_r, "dropout": 0.0}
     if sees:
-        # LaVIN's: the vision tower's attentions have adapters and stay.
-        eas["target_modules"] = r".*(language_model|vision_tower).*self_attn"
-        eas["kept_modules"] = r".*vision_tower.*self_attn"
-        eas["modules_to_save"] = ["multi_modal_projector", "modality_embedding"]
+        eas |= EAS_ARGUMENTS
     order = order_by_length(lengths["train"], batch_size, steps, seed)
     test = data["test"]
 

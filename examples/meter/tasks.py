@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from measure import on_device
 from meter.modeling_meter import (
     CROSS_MODAL_MHAS,
     MeterForImagesAndTextClassification,
@@ -37,6 +38,8 @@ from transformers import (
     CLIPProcessor,
 )
 from vqa import COLORS, SHAPES, Split, load_images, load_questions, majority_accuracy, preprocess
+
+from peft_eas.search import evaluation_mode
 
 BASE = Path(__file__).parent / "base"
 Part = Literal["train", "reward", "test"]
@@ -265,32 +268,25 @@ def galleries() -> tuple[Gallery, ...]:
 @torch.no_grad()
 def accuracy(model: nn.Module, data: MeterDataset, name: str, batch_size: int = 128) -> float:
     """The share of samples for which the class or answer of the highest logit is right."""
-    right, training = 0, model.training
-    model.eval()
-    for batch in DataLoader(data, batch_size=batch_size, collate_fn=partial(collate, name=name)):
-        labels = batch.pop("labels")
-        logits = model(**_to_device_of(model, batch)).logits.cpu()
-        right += (logits.argmax(-1) == (labels.argmax(-1) if labels.dim() > 1 else labels)).sum().item()
-    model.train(training)
+    right = 0
+    with evaluation_mode(model):
+        for batch in DataLoader(data, batch_size=batch_size, collate_fn=partial(collate, name=name)):
+            labels = batch.pop("labels")
+            logits = model(**on_device(batch, model)).logits.cpu()
+            right += (logits.argmax(-1) == (labels.argmax(-1) if labels.dim() > 1 else labels)).sum().item()
     return right / len(data)
-
-
-def _to_device_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
 def gallery_scores(model: nn.Module, gallery: Gallery, batch_size: int = 8) -> Tensor:
     """The model's score of every image with every text, (images, texts)."""
     texts = load_processor().tokenizer(list(gallery.texts), padding=True, return_tensors="pt")
-    training, scores = model.training, []
-    model.eval()
-    for images in torch.tensor(gallery.images).split(batch_size):
-        batch = {key: texts[key].expand(len(images), -1, -1) for key in ("input_ids", "attention_mask")}
-        batch["pixel_values"] = load_pixel_values("test")[images]
-        scores.append(model(**_to_device_of(model, batch)).logits.cpu())
-    model.train(training)
+    scores = []
+    with evaluation_mode(model):
+        for images in torch.tensor(gallery.images).split(batch_size):
+            batch = {key: texts[key].expand(len(images), -1, -1) for key in ("input_ids", "attention_mask")}
+            batch["pixel_values"] = load_pixel_values("test")[images]
+            scores.append(model(**on_device(batch, model)).logits.cpu())
     return torch.cat(scores)
 
 
