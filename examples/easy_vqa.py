@@ -30,6 +30,7 @@ from measure import (
 )
 from peft import PeftModel, get_peft_model
 from smollm2 import load_smollm2
+from task import reward_interval
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -182,7 +183,7 @@ def tune(
             EASCallback(
                 reward_dataset=data["reward"],
                 search_steps=arguments.search_steps,
-                interval=max(1, min(10, arguments.steps // 50)),  # a short run needs its rewards sooner
+                interval=reward_interval(arguments.steps),
                 seed=arguments.seed,
             )
         ],

@@ -30,7 +30,7 @@ from lavin.scienceqa_task import load_lavin, make_task, new_tokens, split_proble
 from measure import cache_bytes_per_token, num_parameters, on_device, speed_up, time_models
 from peft import PeftModel, get_peft_model
 from stages import Stages
-from task import Task, tune
+from task import Task, reward_interval, tune
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="as many steps as each run has time for, at most --steps")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--search-steps", type=float, default=0.4, help="share of the steps when the search ends")
+    parser.add_argument("--search-steps", type=float, default=0.3, help="share of the steps when the search ends")
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters of skipped MHAs")
     parser.add_argument("--attention-rank", type=int, default=16, help="rank of the adapters of kept MHAs")
     parser.add_argument("--max-length", type=int, default=512, help="longer samples are not trained on, in tokens")
@@ -166,7 +166,7 @@ class Run:
             callback = EASCallback(
                 reward_dataset=self.task.reward,
                 search_steps=self.arguments.search_steps,
-                interval=max(1, min(10, steps // 100)),  # a short run needs its rewards sooner
+                interval=reward_interval(steps),
                 seed=self.arguments.seed,
             )
             trainer = tune(

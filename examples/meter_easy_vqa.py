@@ -23,7 +23,7 @@ import torch
 from measure import markdown_table, num_parameters, on_device, size_on_disk, speed_up, time_models
 from meter.tasks import AUTO_CLASSES, TASKS, blind_score
 from peft import PeftModel, get_peft_model
-from task import Task, tune
+from task import Task, reward_interval, tune
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.plots import plot_search_curve, plot_skip_map
@@ -51,7 +51,7 @@ def tune_with_eas(task: Task, num_skip: int, folder: Path, arguments: argparse.N
     callback = EASCallback(
         reward_dataset=task.reward,
         search_steps=arguments.search_steps,
-        interval=max(1, min(10, steps // 50)),  # a short run needs its rewards sooner
+        interval=reward_interval(steps),
         seed=arguments.seed,
     )
     start = time.perf_counter()

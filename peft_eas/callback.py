@@ -65,7 +65,7 @@ class EASCallback(TrainerCallback, ExportableState):
         score_lr: float = 2.0,
         score_temperature: float = 10.0,
         reward_dataset: Any = None,
-        freeze_context_at: int | float | None = 0.8,
+        freeze_context_at: int | float | None = 0.5,
         seed: int | None = None,
     ) -> None:
         self.reward: Reward = reward

@@ -75,7 +75,8 @@ class EASSearch:
         num_candidates: sets compared per round.
         score_lr: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
         score_temperature: temperature κ of the scores.
-        freeze_context_at: when the context is frozen; None for never.
+        freeze_context_at: when the context is frozen; None for never. Early enough that the learning rate, which falls
+            towards the end of most runs, still lets the adapters get used to it.
         seed: of all that the search draws.
 
     Attributes:
@@ -102,7 +103,7 @@ class EASSearch:
         num_candidates: int = 3,
         score_lr: float = 2.0,
         score_temperature: float = 10.0,
-        freeze_context_at: int | float | None = 0.8,
+        freeze_context_at: int | float | None = 0.5,
         seed: int = 0,
     ) -> None:
         given = locals()

@@ -10,6 +10,7 @@ from torch import nn
 from .architectures import join
 from .candidate import Candidate
 from .layer import MHALayer
+from .model import EASModel
 from .search import eas_of, evaluation_mode
 
 
@@ -38,6 +39,11 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
         ValueError: if an MHA is skipped, which changes nothing; for no batches; for an MHA that no batch reached.
     """
     eas = eas_of(model, "attention_similarities", "it")
+    if not isinstance(eas, EASModel):
+        raise TypeError(
+            f"attention_similarities compares attentions, of which a {type(eas).__name__} tells nothing. Pass it the "
+            "model that get_peft_model(model, EASConfig(...)) returns."
+        )
     if eas.skipped_modules:
         raise ValueError(
             f"attention_similarities compares what all attentions do, but {len(eas.skipped_modules)} are skipped, "

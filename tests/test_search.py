@@ -260,7 +260,7 @@ def test_without_a_choice_only_the_context_is_frozen(options, skipped) -> None:
     model = make_model(**options)
     search = EASSearch(model, 4)
     for batch in TRAINING[:4]:
-        assert search.phase == ("tune" if search.step < 3 else "frozen")
+        assert search.phase == ("tune" if search.step < 2 else "frozen")
         search.before_step()
         model.train()(**batch)
         search.after_step()

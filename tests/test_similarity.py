@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LAYERS, build_model, make_eas, make_inputs, mha_names
+from skippable import Blocks
 
 from peft_eas import attention_similarities
 
@@ -61,6 +62,8 @@ def test_bad_input() -> None:
     inputs = make_inputs("llama", "cpu")
     with pytest.raises(TypeError, match="without EAS adapters"):
         attention_similarities(build_model("llama"), [inputs])
+    with pytest.raises(TypeError, match="of which a Blocks tells nothing"):
+        attention_similarities(Blocks(), [inputs])
     with pytest.raises(ValueError, match=r"but 1 are skipped, such as model\.layers\.2\.self_attn"):
         attention_similarities(make_eas("llama", "cpu", skip=[2]), [inputs])
     with pytest.raises(ValueError, match="4 of 4 attentions were not called"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from baselines.das import LayerSkipping
 from peft import LoraConfig, get_peft_model
-from task import Task
+from task import Task, reward_interval
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
@@ -21,8 +21,6 @@ from transformers import PreTrainedModel, TrainerCallback
 from peft_eas import EASCallback, EASConfig, attention_similarities
 
 CALIBRATION_BATCHES = 8
-# Half of a run is left to train with what is folded: learning rates have all but ended at the callback's own 0.8.
-FREEZE_CONTEXT_AT = 0.5
 
 
 @dataclass
@@ -44,7 +42,7 @@ Method = Callable[[PreTrainedModel, Task, int, int], Prepared]
 
 def nothing_skipped(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """Adapters at all MHAs, of which none is skipped."""
-    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [_freeze()])
+    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [EASCallback()])
 
 
 def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -89,7 +87,7 @@ def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -
     """PIAs stand for MHAs drawn at random."""
     model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
     model.base_model.fix_skipped_modules(random.Random(seed).sample(model.base_model.candidates, num_skip))
-    return Prepared(model, [_freeze()])
+    return Prepared(model, [EASCallback()])
 
 
 def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -100,17 +98,11 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
     similarities = attention_similarities(model, islice(loader, CALIBRATION_BATCHES))
     most_similar = sorted(similarities, key=similarities.get, reverse=True)[:num_skip]
     model.base_model.fix_skipped_modules(most_similar)
-    return Prepared(model, [_freeze()], time.perf_counter() - start)
+    return Prepared(model, [EASCallback()], time.perf_counter() - start)
 
 
-def _search(task: Task, freeze_context_at: float | None = FREEZE_CONTEXT_AT) -> EASCallback:
-    # A short run needs its rewards more often.
-    interval = max(1, min(10, task.steps // 150))
-    return EASCallback(reward_dataset=task.reward, interval=interval, freeze_context_at=freeze_context_at)
-
-
-def _freeze() -> EASCallback:
-    return EASCallback(freeze_context_at=FREEZE_CONTEXT_AT)
+def _search(task: Task, **settings: Any) -> EASCallback:
+    return EASCallback(reward_dataset=task.reward, interval=reward_interval(task.steps), **settings)
 
 
 # By name: the method, what tables call it, and whether it skips anything.
