@@ -72,7 +72,7 @@ def lavin_easy_vqa() -> Task:
             "dropout": 0.0,
         },
         lora_targets=r".*(language_model|vision_tower).*\.self_attn\.(q|v)_proj",
-        steps=600,
+        steps=1000,
         batch_size=32,
         learning_rate=3e-3,
         deployed_batch=lambda: dict(LavinCollator(processor, "left", prompt_only=True)(tests["what"][:32])),

@@ -345,7 +345,7 @@ def meter_vqa() -> Task:
         "vqa_classifier",
         load_base=partial(load_base, MeterForVisualQuestionAnswering, num_labels=len(ANSWERS)),
         score=lambda model: {"accuracy": accuracy(model, vqa_data("test"), "vqa")},
-        steps=400,
+        steps=600,
         batch_size=16,
         learning_rate=3e-3,
     )
@@ -359,7 +359,7 @@ def meter_nlvr2() -> Task:
         "nlvr2_classifier",
         load_base=partial(load_base, MeterForImagesAndTextClassification),
         score=lambda model: {"accuracy": accuracy(model, nlvr2_data("test"), "nlvr2")},
-        steps=700,
+        steps=1000,
         batch_size=16,
         learning_rate=3e-3,
     )
@@ -373,7 +373,7 @@ def meter_retrieval() -> Task:
         "rank_output",
         load_base=partial(load_base, MeterForImageTextRetrieval),
         score=score_retrieval,
-        steps=250,
+        steps=400,
         batch_size=8,
         learning_rate=3e-3,
     )
