@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 import transformers
 from baselines.methods import METHODS, SKIPS_NOTHING
 from compare_report import headline, write_report
+from json_lines import append_line, read_lines
 from lavin.easy_vqa import lavin_easy_vqa
 from measure import cache_bytes_per_token, generates, num_parameters, on_device, speed_up, time_models
 from meter.tasks import meter_nlvr2, meter_retrieval, meter_vqa
@@ -59,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps per run (default: each task's own)")
     parser.add_argument("--rounds", type=int, default=25, help="paired rounds of timing per run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--output-dir", type=Path, default=HERE / "compare_results")
+    parser.add_argument("--output-dir", type=Path, help="(default compare_results, or outputs/compare if --quick)")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--quick", action="store_true", help="one share, one seed, 12 steps, 3 rounds")
     arguments = parser.parse_args()
@@ -68,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--shares {share}: a share of the MHAs lies between 0 and 1, such as 0.5")
     if arguments.quick:
         arguments.shares, arguments.seeds, arguments.steps, arguments.rounds = [0.5], [0], 12, 3
+    if arguments.output_dir is None:
+        arguments.output_dir = Path("outputs/compare") if arguments.quick else HERE / "compare_results"
     return arguments
 
 
@@ -91,7 +95,12 @@ def count_mhas(task: Task) -> int:
     return len(get_peft_model(task.load_base(), EASConfig(num_skip=0, **task.eas)).base_model.candidates)
 
 
-def run(task: Task, num_mhas: int, method: str, share: float, seed: int, steps: int, rounds: int) -> dict[str, Any]:
+def settings_of(task: Task) -> dict[str, Any]:
+    """What else a run depends on, as values for JSON."""
+    return {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "eas": task.eas}
+
+
+def run(task: Task, num_mhas: int, method: str, share: float, seed: int, rounds: int) -> dict[str, Any]:
     """Tunes, deploys, scores and times one point of the grid; returns its record."""
     start = time.perf_counter()
     base = task.load_base().eval()
@@ -102,7 +111,7 @@ def run(task: Task, num_mhas: int, method: str, share: float, seed: int, steps: 
     callbacks = [*prepared.callbacks, search_time]
     with tempfile.TemporaryDirectory() as folder:
         tuning = time.perf_counter()
-        tune(prepared.model, task, Path(folder), seed, callbacks, progress=False, max_steps=steps)
+        tune(prepared.model, task, Path(folder), seed, callbacks, progress=False)
         tuning = time.perf_counter() - tuning
     trainable = num_parameters(prepared.model, trainable=True)
     skipped = getattr(getattr(prepared.model, "base_model", prepared.model), "skipped_modules", [])
@@ -116,7 +125,8 @@ def run(task: Task, num_mhas: int, method: str, share: float, seed: int, steps: 
         "method": method,
         "share": share,
         "seed": seed,
-        "steps": steps,
+        "steps": task.steps,
+        "settings": settings_of(task),
         "scores": scores,
         "num_mhas": num_mhas,
         "skipped_modules": skipped,
@@ -148,29 +158,10 @@ def key_of(record: dict[str, Any]) -> Key:
     return tuple(record[name] for name in ("task", "method", "share", "seed", "steps"))
 
 
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a line that was cut off while it was written is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            tqdm.write(f"{path} has a line that is not whole; its run will be repeated.")
-    return records
-
-
-def append_run(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line in one write, so that processes that share the file do not mix theirs."""
-    text = json.dumps(record) + "\n"
-    is_cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" + text if is_cut_off else text)
-
-
 def grid(arguments: argparse.Namespace, tasks: dict[str, Task]) -> list[Key]:
     """The runs to make, one seed after the other, so that an early table is a fair one."""
     return [
-        (task.name, method, share, seed, arguments.steps or task.steps)
+        (task.name, method, share, seed, task.steps)
         for seed in arguments.seeds
         for task in tasks.values()
         for method in arguments.methods
@@ -178,10 +169,32 @@ def grid(arguments: argparse.Namespace, tasks: dict[str, Task]) -> list[Key]:
     ]
 
 
+def check_settings(records: list[dict[str, Any]], tasks: dict[str, Task], path: Path) -> None:
+    """Raises a SystemExit where a finished run was made with other settings than its task has now."""
+    for record in records:
+        settings = json.loads(json.dumps(settings_of(tasks[record["task"]])))
+        if record["settings"] != settings:
+            raise SystemExit(
+                f"{path} holds runs of {record['task']} with the settings {record['settings']}; now they are "
+                f"{settings}. The two do not compare: give another --output-dir, or delete those lines."
+            )
+
+
+def check_shares(shares: list[float], num_mhas: dict[str, int]) -> None:
+    """Raises a SystemExit for a share of a task's MHAs that is none, or all, of them."""
+    for name, number in num_mhas.items():
+        for share in shares:
+            if not 0 < round(share * number) < number:
+                raise SystemExit(
+                    f"--shares {share}: of the {number} MHAs of {name} that is {round(share * number)}. Give a share "
+                    f"from {1 / number:.2g} to {1 - 1 / number:.2g}."
+                )
+
+
 def remaining_time(points: list[Key], records: list[dict[str, Any]]) -> str:
     """How long the runs `points` will take, by the mean of the finished ones of their tasks, or of all."""
     seconds = {name: [r["run_seconds"] for r in records if r["task"] == name] for name, *_ in points}
-    known = [value for values in seconds.values() for value in values]
+    known = [record["run_seconds"] for record in records]
     total = sum(statistics.mean(seconds[name] or known) for name, *_ in points)
     return str(datetime.timedelta(seconds=round(total)))
 
@@ -193,21 +206,25 @@ def main() -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / "runs.jsonl"
     tasks = {task.name: task for task in (TASKS[name]() for name in arguments.tasks)}
+    if arguments.steps:
+        tasks = {name: replace(task, steps=arguments.steps) for name, task in tasks.items()}
     points = grid(arguments, tasks)
 
     def finished() -> list[dict[str, Any]]:
-        return [record for record in read_runs(path) if key_of(record) in points]
+        return [record for record in read_lines(path) if key_of(record) in points]
 
+    check_settings(finished(), tasks, path)
     if not arguments.report:
         num_mhas = {name: count_mhas(task) for name, task in tasks.items()}
+        check_shares(arguments.shares, num_mhas)
         with tqdm(points, desc="runs", unit="run") as bar:
             for point in bar:
                 if point in map(key_of, finished()):
                     continue
-                name, method, share, seed, steps = point
+                name, method, share, seed, _ = point
                 bar.set_postfix_str(f"{name}, {method}, {share:.0%}, seed {seed}")
-                record = run(tasks[name], num_mhas[name], method, share, seed, steps, arguments.rounds)
-                append_run(path, record)
+                record = run(tasks[name], num_mhas[name], method, share, seed, arguments.rounds)
+                append_line(path, record)
                 records = finished()
                 write_report(records, arguments.output_dir)
                 done = set(map(key_of, records))

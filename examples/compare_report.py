@@ -24,7 +24,7 @@ STYLES = {  # from the palette of Okabe and Ito, which is told apart with any co
 def write_report(records: Sequence[Record], folder: Path) -> None:
     """Writes table.md and, where there is a run that skips something, accuracy_against_speed.png into `folder`."""
     parts = [_task_table(records, name) for name in _names(records, "task")]
-    parts = [*_average_table(records), *parts, *_circumstances(records)]
+    parts = [*_average_table(records), *parts, *_footnotes(records)]
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     if any(record["share"] > 0 for record in records):
         draw(records, folder / "accuracy_against_speed.png")
@@ -90,25 +90,32 @@ def _average_table(records: Sequence[Record]) -> list[str]:
     """The headline figures side by side, and their mean over the tasks."""
     tasks = _names(records, "task")
     rows = [["method", "skipped", *tasks, "mean", "against nothing skipped, points"]]
-    by_key: dict[tuple[str, float], dict[str, list[float]]] = {}
+    by_key: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
     for task in tasks:
         for method, share, runs in _points(records, task):
-            by_key.setdefault((method, share), {})[task] = list(map(headline, runs))
-    full = [statistics.mean(values) for values in by_key.get(("nothing_skipped", 0.0), {}).values()]
+            by_key.setdefault((method, share), {})[task] = {run["seed"]: headline(run) for run in runs}
+    full = by_key.get(("nothing_skipped", 0.0), {})
     for method, share in sorted(by_key, key=lambda key: (list(LABELS).index(key[0]), key[1])):
         values = by_key[method, share]
         row = [LABELS[method], "—" if method in SKIPS_NOTHING else f"{share:.0%}"]
-        row += [_mean(values[task], factor=100) if task in values else "—" for task in tasks]
-        means = [statistics.mean(values[task]) for task in tasks if task in values]
-        is_whole = len(means) == len(tasks)
-        row.append(f"{100 * statistics.mean(means):.2f}" if is_whole else "—")
-        compared = is_whole and len(full) == len(tasks)
-        row.append(f"{100 * (statistics.mean(means) - statistics.mean(full)):+.2f}" if compared else "—")
+        row += [_mean(list(values[task].values()), factor=100) if task in values else "—" for task in tasks]
+        is_whole = len(values) == len(tasks)
+        row.append(f"{100 * _mean_of_means(values):.2f}" if is_whole else "—")
+        differences = {  # of the seeds that both have
+            task: {seed: own[seed] - full[task][seed] for seed in own if seed in full.get(task, {})}
+            for task, own in values.items()
+        }
+        row.append(f"{100 * _mean_of_means(differences):+.2f}" if is_whole and all(differences.values()) else "—")
         rows.append(row)
     return ["## Accuracy of the deployed model, %", markdown_table(rows)] if records else ["No run is finished yet."]
 
 
-def _circumstances(records: Sequence[Record]) -> list[str]:
+def _mean_of_means(values: dict[str, dict[int, float]]) -> float:
+    """Over the tasks, of the means over their seeds."""
+    return statistics.mean(statistics.mean(own.values()) for own in values.values())
+
+
+def _footnotes(records: Sequence[Record]) -> list[str]:
     if not records:
         return []
     versions = "; ".join(

@@ -1,9 +1,10 @@
 """The stages of a long command, each of which is done once: a command that is started again goes on where it was."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from json_lines import append_line, read_lines
 
 
 class Stages:
@@ -20,8 +21,7 @@ class Stages:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.file = folder / "stages.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # not one that was cut off
+        records = read_lines(self.file)
         self.done: dict[str, Any] = {record["stage"]: record["figures"] for record in records}
         earlier = self.done.setdefault("settings", settings)
         changed = sorted(name for name in {*earlier, *settings} if earlier.get(name) != settings.get(name))
@@ -33,7 +33,7 @@ class Stages:
                 "or another --output-dir."
             )
         if not records:
-            self._write("settings", settings)
+            append_line(self.file, {"stage": "settings", "figures": settings})
 
     def run(self, name: str, stage: Callable[[], Any]) -> Any:
         """The figures of the stage `name`, which is run if it is not done; they are values for JSON."""
@@ -41,10 +41,6 @@ class Stages:
             print(f"{name}: done before", flush=True)
         else:
             figures = stage()
-            self._write(name, figures)
+            append_line(self.file, {"stage": name, "figures": figures})
             self.done[name] = figures
         return self.done[name]
-
-    def _write(self, name: str, figures: Any) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"stage": name, "figures": figures}))

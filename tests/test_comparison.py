@@ -1,7 +1,9 @@
 """The methods that are compared, and the grid of runs, on tiny models."""
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +13,7 @@ from baselines.das import LayerSkipping, SkippedLayer
 from baselines.methods import LABELS, METHODS, SKIPS_NOTHING
 from compare_report import write_report
 from conftest import LAYERS, VOCAB, build_model, difference, logits, make_inputs
+from json_lines import read_lines
 from task import Task, tune
 from transformers import PreTrainedModel
 
@@ -129,12 +132,14 @@ def test_das_computes_nothing_of_a_skipped_layer() -> None:
     model = fix(layer_skipping(), NAMES[:2])
     called = []
     for name, layer in model.layers.items():
-        for module in layer.modules():
+        for path, module in layer.named_modules():
             if not list(module.children()):
-                module.register_forward_hook(lambda *_, name=name: called.append(name))
+                module.register_forward_hook(lambda *_, call=(name, path): called.append(call))
     logits(model, make_inputs("llama", "cpu"))
-    assert set(called) == set(NAMES[2:])
+    assert {name for name, _ in called} == set(NAMES)
+    assert {path.split(".")[0] for name, path in called if name in NAMES[:2]} == {"input_layernorm"}
     assert set(model.stand_ins) == {name.replace(".", "/") for name in NAMES[:2]}
+    assert all(stand_in.adapter.token_down.weight.shape[0] == 8 for stand_in in model.stand_ins.values())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any("layers.0." in name or "layers.1." in name for name in trained if "stand_ins" not in name)
 
@@ -231,8 +236,8 @@ def test_an_interruption_loses_nothing(compare: ModuleType, monkeypatch: pytest.
     options = ("--tasks", "copy", "--threads", "1", "--rounds", "1", "--output-dir", str(tmp_path), *options)
     monkeypatch.setattr(sys, "argv", ["compare.py", *options])
     compare.main()
-    assert [record["method"] for record in compare.read_runs(path)] == ["lora", "random_choice"]
-    assert compare.read_runs(path)[0] == finished[0]
+    assert [record["method"] for record in read_lines(path)] == ["lora", "random_choice"]
+    assert read_lines(path)[0] == finished[0]
 
 
 def test_the_table_says_how_far_from_nothing_skipped(tmp_path: Path) -> None:
@@ -246,21 +251,58 @@ def test_the_table_says_how_far_from_nothing_skipped(tmp_path: Path) -> None:
 
     records = [record("nothing_skipped", 0.0, seed, 0.90 + 0.02 * seed, 1.0) for seed in (0, 1)]
     records += [record("eas", 0.5, seed, 0.88 + 0.04 * seed, 1.2 + 0.2 * seed) for seed in (0, 1)]
+    records += [record("lora", 0.0, seed, 0.95, 1.0) for seed in (1, 2)]  # compared on the seed that both have
     write_report(records, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| LoRA | — | 95.00 ± 0.00 | 95.00 | +3.00 |" in re.sub(" +", " ", table)
     cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in (tmp_path / "table.md").read_text().splitlines()
-        if line.startswith("| EAS")
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| EAS")
     ]
     assert cells[0] == ["EAS", "50%", "90.00 ± 2.83", "90.00", "-1.00"]
     assert cells[1][:5] == ["EAS", "50%", "90.00 ± 2.83", "2", "1,000"]
     assert cells[1][7:9] == ["1.30×", "—"]
 
 
-@pytest.mark.parametrize("share", ["0", "1", "1.5"])
-def test_a_share_out_of_range_is_refused(
-    share: str, compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_a_run_of_few_steps_is_rewarded_in_time(
+    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(compare, "TASKS", {"copy": lambda: replace(tiny_task(), steps=1000)})
+    options = ("--methods", "das", "--shares", "0.5", "--seeds", "0", "--steps", "12")
+    assert [record["steps"] for record in run_grid(compare, monkeypatch, tmp_path, *options)] == [12]
+
+
+def test_runs_with_other_settings_are_not_mixed(
+    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("--methods", "lora", "--seeds", "0", "--steps", "1")
+    run_grid(compare, monkeypatch, tmp_path, *options)
+    monkeypatch.setattr(compare, "TASKS", {"copy": lambda: replace(tiny_task(), learning_rate=0.5)})
+    with pytest.raises(SystemExit, match=r"'learning_rate': 0\.01.*'learning_rate': 0\.5.*give another --output-dir"):
+        run_grid(compare, monkeypatch, tmp_path, *options)
+
+
+def test_the_time_that_is_left_is_known_before_each_task_has_run(compare: ModuleType) -> None:
+    points = [("a", "eas", 0.5, 1, 10), ("b", "eas", 0.5, 1, 10)]
+    assert compare.remaining_time(points, [{"task": "a", "run_seconds": 30.0}]) == "0:01:00"
+    assert compare.remaining_time(points[1:], [{"task": "a", "run_seconds": 30.0}]) == "0:00:30"
+
+
+@pytest.mark.parametrize(
+    ("share", "reason"),
+    [
+        *((share, "a share of the MHAs lies between 0 and 1") for share in ("0", "1", "1.5")),
+        ("0.1", r"of the 4 MHAs of copy that is 0\. Give a share from 0\.25 to 0\.75"),
+        ("0.9", "of the 4 MHAs of copy that is 4"),
+    ],
+)
+def test_a_share_out_of_range_is_refused(
+    share: str,
+    reason: str,
+    compare: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
         run_grid(compare, monkeypatch, tmp_path, "--shares", share)
-    assert "a share of the MHAs lies between 0 and 1" in capsys.readouterr().err
+    assert re.search(reason, capsys.readouterr().err + str(caught.value))

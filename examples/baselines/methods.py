@@ -8,14 +8,13 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from baselines.das import LayerSkipping
 from peft import LoraConfig, get_peft_model
 from task import Task, reward_interval
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainerCallback
 
 from peft_eas import EASCallback, EASConfig, attention_similarities
@@ -59,11 +58,7 @@ def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepare
 
 def das(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """Whole layers are skipped: as many as hold `num_skip` MHAs."""
-    batch = task.collate([task.train[0]])
-    model = LayerSkipping(base, batch, num_skip, **task.eas)
-    mhas_per_layer = len(model.eas.candidates) // len(model.candidates)
-    model.active_config.num_skip = num_skip // mhas_per_layer
-    return Prepared(model, [_search(task)])
+    return Prepared(LayerSkipping(base, task.collate([task.train[0]]), num_skip, **task.eas), [_search(task)])
 
 
 def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -91,11 +86,14 @@ def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -
 
 
 def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
-    """PIAs stand for the MHAs that change least what passes them, by cosine similarity (LLM-Drop)."""
+    """PIAs stand for the MHAs that change least what passes them in the base, by cosine similarity (LLM-Drop)."""
     model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
     start = time.perf_counter()
-    loader = DataLoader(task.reward, batch_size=task.batch_size, collate_fn=task.collate)
-    similarities = attention_similarities(model, islice(loader, CALIBRATION_BATCHES))
+    count = min(CALIBRATION_BATCHES * task.batch_size, len(task.reward))
+    samples = Subset(task.reward, random.Random(seed).sample(range(len(task.reward)), count))
+    similarities = attention_similarities(
+        model, DataLoader(samples, batch_size=task.batch_size, collate_fn=task.collate)
+    )
     most_similar = sorted(similarities, key=similarities.get, reverse=True)[:num_skip]
     model.base_model.fix_skipped_modules(most_similar)
     return Prepared(model, [EASCallback()], time.perf_counter() - start)
@@ -105,12 +103,11 @@ def _search(task: Task, **settings: Any) -> EASCallback:
     return EASCallback(reward_dataset=task.reward, interval=reward_interval(task.steps), **settings)
 
 
-# By name: the method, what tables call it, and whether it skips anything.
 METHODS: dict[str, Method] = {
     function.__name__: function
     for function in (nothing_skipped, lora, das, cosine, random_choice, no_context, eas_prompt, eas)
 }
-LABELS = {
+LABELS = {  # what tables call them
     "nothing_skipped": "adapters, nothing skipped",
     "lora": "LoRA",
     "das": "DAS, whole layers",

@@ -1,12 +1,10 @@
 """How a LaVIN model answers ScienceQA: it writes a text, or its logits rank the letters."""
 
-import io
-import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from json_lines import append_line, read_lines
 from lavin.processing_lavin import LavinProcessor
 from lavin.samples import LavinCollator, Sample
 from lavin.scienceqa import LETTERS, ScienceQADataset
@@ -37,13 +35,12 @@ def generate_texts(
 
     Each batch's texts go to `file`, if given, a JSON line per problem; what is there is not generated again.
     """
-    texts = _read_texts(file)
+    texts = dict(read_lines(file)) if file is not None else {}
     tokenizer = processor.tokenizer
     lengths = num_tokens(dataset, processor)
     todo = [index for index, problem in enumerate(dataset.problems) if problem.id not in texts]
     todo.sort(key=lengths.__getitem__, reverse=True)  # the longest first: what is too long for the memory shows soon
-    bar = tqdm(total=len(dataset), initial=len(dataset) - len(todo), desc=title, unit="problem")
-    with bar, file.open("a", encoding="utf-8") if file is not None else nullcontext(io.StringIO()) as out:
+    with tqdm(total=len(dataset), initial=len(dataset) - len(todo), desc=title, unit="problem") as bar:
         for start in range(0, len(todo), batch_size):
             indices = todo[start : start + batch_size]
             batch = on_device(prompts([dataset[index] for index in indices], processor), model)
@@ -57,15 +54,10 @@ def generate_texts(
             new = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             for index, text in zip(indices, new, strict=True):
                 texts[dataset.problems[index].id] = text
-                out.write("\n" + json.dumps([dataset.problems[index].id, text]))  # a line that was cut off is ended
-            out.flush()
+                if file is not None:
+                    append_line(file, [dataset.problems[index].id, text])
             bar.update(len(indices))
     return [texts[problem.id] for problem in dataset.problems]
-
-
-def _read_texts(file: Path | None) -> dict[str, str]:
-    lines = file.read_text(encoding="utf-8").splitlines() if file is not None and file.is_file() else []
-    return dict(json.loads(line) for line in lines if line.endswith("]"))
 
 
 def prompts(samples: Sequence[Sample], processor: LavinProcessor) -> dict[str, torch.Tensor]:
