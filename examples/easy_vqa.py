@@ -30,7 +30,7 @@ from measure import (
 )
 from peft import PeftModel, get_peft_model
 from smollm2 import load_smollm2
-from task import reward_interval
+from task import reward_interval, search_share
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="(default 64; 8 for an LLM)")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument(
-        "--search-steps", type=float, default=0.4, help="share of the steps after which the search ends"
+        "--search-steps", type=search_share, default=0.4, help="share of the steps after which the search ends"
     )
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters of skipped MHAs")
     parser.add_argument("--attention-rank", type=int, default=16, help="rank of the adapters of kept MHAs")
@@ -269,9 +269,6 @@ def main() -> None:
     answer_rows = [["question", "right answer", "merged model, reloaded"]]
     answer_rows += [[q.text, q.answer, answer] for q, answer in zip(some.questions, answers, strict=True)]
 
-    record = arguments.output_dir / "eas"
-    plot_skip_map(record, arguments.output_dir / "skip_map.png")
-    plot_search_curve(record, arguments.output_dir / "search_curve.png")
     report = "\n\n".join(
         [
             markdown_table(accuracy_rows),
@@ -296,6 +293,10 @@ def main() -> None:
         "options": {key: str(value) for key, value in vars(arguments).items()},
     }
     (arguments.output_dir / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if 0 < num_skip < num_mhas:  # else there was nothing to search
+        record = arguments.output_dir / "eas"
+        plot_skip_map(record, arguments.output_dir / "skip_map.png")
+        plot_search_curve(record, arguments.output_dir / "search_curve.png")
 
 
 if __name__ == "__main__":

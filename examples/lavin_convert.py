@@ -13,13 +13,20 @@ import torch
 from lavin.convert import convert
 
 
+def layers(text: str) -> list[int]:
+    """Numbers of layers, such as "3,7"."""
+    return [int(index) for index in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", type=Path, required=True, help="folder with params.json and consolidated.*.pth")
     parser.add_argument("--clip", type=Path, required=True, help="weights of CLIP ViT-L/14 by their original names")
     parser.add_argument("--adapter", type=Path, help="a released checkpoint; without it, only the base is converted")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: as for --llama, or above)")
-    parser.add_argument("--skip", help="layers that a LaVIN-EAS adapter skips, such as 3,7 (default: as it says)")
+    parser.add_argument(
+        "--skip", type=layers, help="layers that a LaVIN-EAS adapter skips, such as 3,7 (default: as it says)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the base")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -29,7 +36,7 @@ def main() -> None:
         arguments.adapter,
         arguments.output,
         arguments.tokenizer,
-        None if arguments.skip is None else [int(index) for index in arguments.skip.split(",")],
+        arguments.skip,
         getattr(torch, arguments.dtype),
     )
 

@@ -30,9 +30,9 @@ from lavin.scienceqa_task import load_lavin, make_task, new_tokens, split_proble
 from measure import cache_bytes_per_token, num_parameters, on_device, speed_up, time_models
 from peft import PeftModel, get_peft_model
 from stages import Stages
-from task import Task, reward_interval, tune
+from task import Task, reward_interval, search_share, tune
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, set_seed
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.plots import plot_search_curve, plot_skip_map
@@ -60,7 +60,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="as many steps as each run has time for, at most --steps")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--search-steps", type=float, default=0.3, help="share of the steps when the search ends")
+    parser.add_argument(
+        "--search-steps", type=search_share, default=0.3, help="share of the steps when the search ends"
+    )
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters of skipped MHAs")
     parser.add_argument("--attention-rank", type=int, default=16, help="rank of the adapters of kept MHAs")
     parser.add_argument("--max-length", type=int, default=512, help="longer samples are not trained on, in tokens")
@@ -106,7 +108,7 @@ class Run:
             self.task = self.make_task(min(steps, arguments.steps or steps))
         eas = get_peft_model(model, EASConfig(**self.task.eas))
         self.num_mhas = len(eas.base_model.candidates)
-        self.num_skip = round(arguments.skip * self.num_mhas)
+        self.num_skip = max(1, round(arguments.skip * self.num_mhas))
 
     def make_task(self, steps: int) -> Task:
         arguments = self.arguments
@@ -159,6 +161,7 @@ class Run:
         folder, base = self.folder / name, self.load_base()
         if f"{name} tuned" in self.stages.done:
             return PeftModel.from_pretrained(base, folder / "adapter").eval()
+        set_seed(self.arguments.seed)  # of the adapters' first weights
         model = get_peft_model(base, EASConfig(**self.task.eas, num_skip=num_skip))
 
         def train() -> dict[str, float]:
@@ -258,9 +261,10 @@ def main() -> None:
     data = f"{shown}. Test: {task.test.describe_images()}."
     print(f"{data} {run.num_skip} of {run.num_mhas} attentions are to be skipped; {task.steps} steps.", flush=True)
     figures = run.all_stages()
-    for draw, name in ((plot_skip_map, "skip_map.png"), (plot_search_curve, "search_curve.png")):
-        draw(folder / "eas", folder / name)
     report = write_report(folder, figures, task, data, run.num_mhas)
+    if run.num_skip < run.num_mhas:  # else there was nothing to search
+        for draw, name in ((plot_skip_map, "skip_map.png"), (plot_search_curve, "search_curve.png")):
+            draw(folder / "eas", folder / name)
     print(f"\n{report}\nIt lies in {folder}.")
 
 

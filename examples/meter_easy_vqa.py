@@ -23,7 +23,7 @@ import torch
 from measure import markdown_table, num_parameters, on_device, size_on_disk, speed_up, time_models
 from meter.tasks import AUTO_CLASSES, TASKS, blind_score
 from peft import PeftModel, get_peft_model
-from task import Task, reward_interval, tune
+from task import Task, reward_interval, search_share, tune
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.plots import plot_search_curve, plot_skip_map
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--skip", type=float, default=0.5, help="share of the 24 attentions to skip")
     parser.add_argument("--steps", type=int, help="optimizer steps of each of the two runs (default: the task's)")
-    parser.add_argument("--search-steps", type=float, default=0.3, help="share of the steps for the search")
+    parser.add_argument("--search-steps", type=search_share, default=0.3, help="share of the steps for the search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/meter_easy_vqa"))
     parser.add_argument("--quick", action="store_true", help="a smoke test: few steps")
@@ -85,7 +85,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         difference = (reloaded(**batch).logits - unmerged_logits).abs().max().item()
     base.to(device).save_pretrained(folder / "base")
     seconds = time_models({"base": base, "merged": reloaded}, batch, 3 if arguments.quick else 25)["prefill"]
-    if num_skip:
+    if 0 < num_skip < num_mhas:  # else there was nothing to search
         plot_skip_map(folder / "eas", folder / "skip_map.png")
         plot_search_curve(folder / "eas", folder / "search_curve.png")
     return {

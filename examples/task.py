@@ -1,5 +1,6 @@
 """A task to tune a model on, as the examples and the comparison of methods share it, and how it is tuned."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,14 @@ class Task:
 def reward_interval(steps: int) -> int:
     """Steps from one round of the search's rewards to the next: the library's 10, fewer in a short run."""
     return max(1, min(10, steps // 150))
+
+
+def search_share(text: str) -> float:
+    """The share of a run that its search takes, from a command line: it ends before `EASCallback` freezes contexts."""
+    share = float(text)
+    if not 0 < share <= 0.5:
+        raise ArgumentTypeError(f"{text} must be above 0 and at most 0.5, when the contexts are frozen")
+    return share
 
 
 def tune(

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import difference, needs_easy_vqa
-from lavin.modeling_lavin import IMAGE_TOKEN, MODALITY_TOKEN, LavinConfig, LavinForConditionalGeneration, LavinModel
+from lavin.modeling_lavin import (
+    EAS_ARGUMENTS,
+    IMAGE_TOKEN,
+    MODALITY_TOKEN,
+    LavinConfig,
+    LavinForConditionalGeneration,
+    LavinModel,
+)
 from lavin.processing_lavin import LavinProcessor
 from lavin.samples import IGNORE, LavinCollator, Sample
 from peft import PeftModel, get_peft_model
@@ -46,11 +53,6 @@ VISION = {
     **{"hidden_size": VISION_WIDTH, "intermediate_size": 24, "num_hidden_layers": VISION_LAYERS},
     **{"num_attention_heads": 2, "image_size": 16, "patch_size": 8},
 }
-TARGETS = {
-    "target_modules": r".*(language_model|vision_tower).*self_attn",
-    "kept_modules": r".*vision_tower.*self_attn",
-}
-TRAINED = ["multi_modal_projector", "modality_embedding"]
 FIRST, LAST = (f"model.language_model.layers.{i}.self_attn" for i in (0, LAYERS - 1))
 SKIPS = {"none": [], "two": [FIRST, LAST]}
 ROUTINGS = ["prompt", "modality"]
@@ -91,8 +93,7 @@ def adapted(base: torch.nn.Module, skip: str = "none", **config) -> PeftModel:
     config = EASConfig(
         task_type="CAUSAL_LM",
         skipped_modules=SKIPS[skip],
-        modules_to_save=TRAINED,
-        **TARGETS,
+        **EAS_ARGUMENTS,
         **{**options, **config},
     )
     return get_peft_model(copy.deepcopy(base), config).eval()
@@ -103,9 +104,9 @@ def image(seed: int) -> torch.Tensor:
 
 
 SAMPLES = [
-    Sample("what color is it ?", "red", image(0)),
-    Sample("is this a big blue circle ?", "a red circle"),
-    Sample("what shape ?", "circle", image(1)),
+    Sample("what color is it ?", " red", image(0)),
+    Sample("is this a big blue circle ?", " a red circle"),
+    Sample("what shape ?", " circle", image(1)),
 ]
 
 
@@ -329,7 +330,7 @@ def test_as_many_parameters_as_the_paper_says():
     """3.8 million for LaVIN-7B (arXiv 2305.15023, table 1)."""
     with torch.device("meta"):
         base = LavinForConditionalGeneration(LavinConfig())
-        model = get_peft_model(base, EASConfig(num_skip=0, modules_to_save=TRAINED, **TARGETS))
+        model = get_peft_model(base, EASConfig(num_skip=0, **EAS_ARGUMENTS))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3_781_296
     assert base.config.num_image_tokens == 6
 
@@ -504,9 +505,7 @@ def test_trainer(lavin, tmp_path):
     processor = copy.copy(lavin[1])
     processor.routing = "modality"
     torch.manual_seed(0)
-    config = EASConfig(
-        task_type="CAUSAL_LM", num_skip=1, r=4, attention_r=2, dropout=0.0, modules_to_save=TRAINED, **TARGETS
-    )
+    config = EASConfig(task_type="CAUSAL_LM", num_skip=1, r=4, attention_r=2, dropout=0.0, **EAS_ARGUMENTS)
     model = get_peft_model(copy.deepcopy(lavin[0]), config)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

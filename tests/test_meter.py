@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+from argparse import Namespace
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -321,6 +323,12 @@ def test_bad_inputs() -> None:
         make_model(type_vocab_size=2)(inputs["input_ids"], None, make_inputs("nlvr2")["pixel_values"])
     with pytest.raises(ValueError, match="type_vocab_size=2"):
         make_model("nlvr2", type_vocab_size=2)
+    with pytest.raises(ValueError, match=r"\(4, 3, 8, 8\)\. Give pairs of images, \(batch, 2, 3, height, width\)"):
+        make_model("nlvr2")(torch.ones(4, 3, dtype=torch.long), None, torch.zeros(4, 3, 8, 8))
+    with pytest.raises(ValueError, match="no pixel_values were received with 2 texts"):
+        make_model()(inputs["input_ids"][:2], None, None)
+    with pytest.raises(ValueError, match="images of 3 samples were received with 2 texts"):
+        make_model()(inputs["input_ids"][:2], None, torch.zeros(3, 3, 8, 8))
 
 
 # --- the converter ---------------------------------------------------------------------------------------------------
@@ -578,18 +586,17 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_size=13: give a multiple"):
         convert_small(state, image_size=13)
 
-    class Strange:
-        pass
-
-    Strange.__module__, Strange.__qualname__ = "argparse", "Namespace"
-    import argparse
-
-    torch.save({"state_dict": state, "hyper_parameters": argparse.Namespace(a=1)}, tmp_path / "code.ckpt")
+    torch.save({"state_dict": state, "hyper_parameters": Namespace(a=1)}, tmp_path / "arguments.ckpt")
+    assert read_checkpoint(tmp_path / "arguments.ckpt").keys() == state.keys()
+    torch.save({"state_dict": state, "hyper_parameters": Fraction(1)}, tmp_path / "code.ckpt")
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
         read_checkpoint(tmp_path / "code.ckpt")
     torch.save([1], tmp_path / "list.ckpt")
-    with pytest.raises(ValueError, match="holds no weights by name"):
+    with pytest.raises(ValueError, match=r"holds a list\. Allowed is a dictionary of tensors"):
         read_checkpoint(tmp_path / "list.ckpt")
+    torch.save({"epoch": 1}, tmp_path / "none.ckpt")
+    with pytest.raises(ValueError, match="holds no weights by name"):
+        read_checkpoint(tmp_path / "none.ckpt")
 
 
 # --- the tasks -------------------------------------------------------------------------------------------------------

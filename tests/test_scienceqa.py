@@ -7,7 +7,7 @@ from pathlib import Path
 import lavin_scienceqa
 import pytest
 import torch
-from lavin.answering import generate_texts, rank_letters
+from lavin.answering import generate_texts, num_tokens, rank_letters
 from lavin.batches import AnswerCollator, order_by_length
 from lavin.samples import IGNORE, LavinCollator
 from lavin.scienceqa import INPUTS, OUTPUTS, ScienceQADataset, read_problems, write_prompt
@@ -128,7 +128,6 @@ def test_splits_and_captions(files: Path) -> None:
     assert test[1].image == files / "data" / "images" / "test" / "133" / "image.png"
     assert test[0].image is None
     assert [bool(p.caption) for p in test] == [False, True] * 4
-    assert not any(p.caption for p in read_problems(files / "data", "test", captions=False))
     assert [p.grade for p in test] == [9, 10, 11, 12, 1, 2, 3, 4]
 
 
@@ -312,6 +311,18 @@ def test_labels_are_on_the_answers_alone(files: Path) -> None:
         assert batch["labels"].shape[1] == batch["logits_to_keep"] < full["labels"].shape[1]
         kept = {name: value for name, value in batch.items() if name != "eas_prompt_mask"}
         assert model(**kept).loss.item() == pytest.approx(model(**full).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("wording", "gap"), [("scienceqa", " "), ("lavin", "")])
+def test_prompt_and_answer_are_read_as_one_text(files: Path, wording: str, gap: str) -> None:
+    _, processor = load_lavin(llm=str(files / "llm"))
+    data = ScienceQADataset(read_problems(files / "data", "test"), "QCM-A", images="none", wording=wording)
+    assert {answer[: answer.index("The")] for _, answer in data.texts} == {gap}
+    end = processor.tokenizer.eos_token_id
+    for sample, number in zip(data, num_tokens(data, processor)):
+        batch = LavinCollator(processor)([sample])
+        assert batch["input_ids"][0].tolist() == [*processor.encode(sample.prompt + sample.answer, False), end]
+        assert batch["input_ids"].shape[1] == number
 
 
 def test_answers_do_not_depend_on_the_batch(files: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 def num_tokens(dataset: ScienceQADataset, processor: LavinProcessor) -> list[int]:
     """Tokens of each sample, answer and end-of-sequence token included."""
     return [
-        len(processor.encode(prompt, is_shown)) + len(processor.encode_plain(answer)) + 1
+        len(processor.encode(prompt, is_shown)) + len(processor.encode_answer(prompt, answer)) + 1
         for (prompt, answer), is_shown in zip(dataset.texts, dataset.shown)
     ]
 
@@ -78,7 +78,9 @@ def rank_letters(
     One pass per batch and no text; what a model knows that has not learned the answers' form.
     """
     # The tokens of the answers differ in one place: that of the letter.
-    ids = [processor.encode_plain(f" The answer is {letter}.") for letter in LETTERS]
+    prompt, answer = dataset.texts[0]
+    gap = answer[: len(answer) - len(answer.lstrip())]
+    ids = [processor.encode_answer(prompt, f"{gap}The answer is {letter}.") for letter in LETTERS]
     place = next(place for place, tokens in enumerate(zip(*ids)) if len(set(tokens)) > 1)
     letters = torch.tensor([row[place] for row in ids], device=model.device)
     lengths = num_tokens(dataset, processor)

@@ -25,13 +25,12 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
 from lavin.processing_lavin import LavinProcessor
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from released_files import clip_vision_weight, load_tensors
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -54,33 +53,6 @@ TEXT_INPUT = f"{TEXT_MHA}.eas_input"
 TEXT_PIA = "model.language_model.layers.{}.mlp.eas_pia"
 VISION_INPUT = "model.vision_tower.encoder.layers.{}.self_attn.eas_input"
 PROJECTOR, MODALITY = EAS_ARGUMENTS["modules_to_save"]
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """What a `.pth` file holds, with nothing but tensors, plain values and a command line's `Namespace` in it.
-
-    Raises:
-        FileNotFoundError, ValueError: if it is not there, not whole, or holds code.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file. Name the file that holds the weights.")
-    try:
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*TorchScript archive")
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path} is a TorchScript archive, which holds code. If you trust where it is from, write its weights "
-                f"out: torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), 'clip.pth'), and give clip.pth."
-            ) from error
-        raise ValueError(
-            f"{path} cannot be read as weights alone ({str(error).splitlines()[0]}): it is truncated, no PyTorch "
-            "file, or holds other objects than tensors. Download it again, or save its state_dict() to a new file."
-        ) from error
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} holds a {type(held).__name__}. Allowed is a dictionary of tensors by name.")
-    return held
 
 
 def check_names(what: str, given: Iterable[str], expected: Iterable[str]) -> None:
@@ -203,20 +175,13 @@ def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
 
 # --- CLIP ------------------------------------------------------------------------------------------------------------
 
-_CLIP_ENDS = {
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    **{f"ln_pre.{kind}": f"pre_layrnorm.{kind}" for kind in ("weight", "bias")},  # so it is spelt
-    **{f"ln_post.{kind}": f"post_layernorm.{kind}" for kind in ("weight", "bias")},
-}
-_CLIP_NAMES = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+_CLIP_ENDS = (
+    "conv1.weight",
+    "class_embedding",
+    "positional_embedding",
+    *(f"{norm}.{kind}" for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")),
+)
+_CLIP_PARTS = ("attn.out_proj", "ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
 def load_clip(path: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModel:
@@ -238,7 +203,7 @@ def load_clip(path: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModel
     for i in range(max(1, layers)):
         block = f"transformer.resblocks.{i}"
         names |= {f"{block}.attn.in_proj_weight", f"{block}.attn.in_proj_bias"}
-        names |= {f"{block}.{name}.{kind}" for name in _CLIP_NAMES for kind in ("weight", "bias")}
+        names |= {f"{block}.{name}.{kind}" for name in _CLIP_PARTS for kind in ("weight", "bias")}
     check_names(str(path), (f"visual.{name}" for name in weights), (f"visual.{name}" for name in names))
     width, _, patch_size, _ = weights["conv1.weight"].shape
     grid = math.isqrt(len(weights["positional_embedding"]) - 1)
@@ -260,17 +225,7 @@ def load_clip(path: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModel
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
     )
-    ours = {new: weights[old] for old, new in _CLIP_ENDS.items()}
-    for i in range(layers):
-        old_block, new_block = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
-        for kind in ("weight", "bias"):
-            parts = weights[f"{old_block}.attn.in_proj_{kind}"].chunk(3)
-            ours |= {
-                f"{new_block}.self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)
-            }
-            ours |= {
-                f"{new_block}.{new}.{kind}": weights[f"{old_block}.{old}.{kind}"] for old, new in _CLIP_NAMES.items()
-            }
+    ours = dict(item for name, weight in weights.items() for item in clip_vision_weight(name, weight))
     return CLIPVisionModel.from_pretrained(None, config=config, state_dict=ours, dtype=dtype)
 
 
@@ -389,6 +344,11 @@ def convert_adapter(lavin: LavinForConditionalGeneration, released: ReleasedAdap
         )
     width, vision_width = lavin.config.text_config.hidden_size, lavin.config.vision_config.hidden_size
     groups = rank // max(1, text["up.0.weight"].shape[1])
+    if groups < 1:
+        raise ValueError(
+            f"The adapters' up-projections read {text['up.0.weight'].shape[1]} units of a bottleneck of {rank}. "
+            "Allowed is at most the rank; take the adapter from a whole, unchanged file."
+        )
     pia_rank = len(released.pia[0]["token_down.bias"]) if released.pia else 4 * rank
     for i, adapter in released.text.items():
         check_shape(f"The adapter of text layer {i}", adapter, _shapes(width, rank, groups))

@@ -44,7 +44,7 @@ def lavin_easy_vqa() -> Task:
     questions = [question for kind in KINDS for question in load_questions(kind, "train")]
 
     def samples(questions: Iterable[Question], split: Split) -> list[Sample]:
-        return [Sample(q.text, q.answer, pixel_values[split][q.image]) for q in questions]
+        return [Sample(q.text, f" {q.answer}", pixel_values[split][q.image]) for q in questions]
 
     tests = {kind: samples(load_questions(kind, "test")[::TEST_EVERY], "test") for kind in KINDS}
     collate = LavinCollator(processor)

@@ -62,6 +62,12 @@ class LavinProcessor(ProcessorMixin):
             ids += self.encode_plain("Image: N/A")
         return ids + self.encode_plain(self.separator + text)
 
+    def encode_answer(self, text: str, answer: str) -> list[int]:
+        """The ids of `answer` behind `text`, as in those of both as one text; its own where an id joins the two."""
+        before = self.encode_plain(self.separator + text)
+        both = self.encode_plain(self.separator + text + answer)
+        return both[len(before) :] if both[: len(before)] == before else self.encode_plain(answer)
+
     def encode_plain(self, text: str) -> list[int]:
         """The ids of a text alone, without any special token."""
         return self.tokenizer(text, add_special_tokens=False).input_ids

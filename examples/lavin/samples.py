@@ -13,7 +13,10 @@ IGNORE = -100  # the label of a token that has no loss
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and its answer; `image` is a picture, pixel values (3, H, W), or None."""
+    """One prompt and its answer, which begins with the space between the two, if there is to be one.
+
+    `image` is a picture, pixel values (3, H, W), or None.
+    """
 
     prompt: str
     answer: str
@@ -24,8 +27,7 @@ class Sample:
 class LavinCollator:
     """Makes a batch from samples: what the processor returns, and `labels`, which are `IGNORE` on prompt and padding.
 
-    The answer follows the prompt after a space, unless there is white space already, and ends with the
-    end-of-sequence token.
+    The answer ends with the end-of-sequence token.
 
     Args:
         padding_side: "right" for training and scoring in one pass, "left" for generation.
@@ -47,6 +49,5 @@ class LavinCollator:
         return batch
 
     def _answer(self, sample: Sample) -> list[int]:
-        is_apart = sample.prompt[-1:].isspace() or sample.answer[:1].isspace()
-        ids = self.processor.encode_plain(sample.answer if is_apart else f" {sample.answer}")
+        ids = self.processor.encode_answer(sample.prompt, sample.answer)
         return [*ids, self.processor.tokenizer.eos_token_id]

@@ -87,13 +87,12 @@ class Problem:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_problems(folder: Path, split: str, captions: bool = True) -> list[Problem]:
+def read_problems(folder: Path, split: str) -> list[Problem]:
     """The problems of one split, in its order.
 
     Args:
         folder: the official layout; `captions.json` may lie beside the folder as well, as it does officially.
         split: one that `pid_splits.json` knows, such as "train", "val", "test" or "trainval".
-        captions: whether to read the images' captions.
 
     Raises:
         FileNotFoundError: for a file that is missing.
@@ -110,19 +109,16 @@ def read_problems(folder: Path, split: str, captions: bool = True) -> list[Probl
             f"pid_splits.json puts problem {missing[0]!r} into {split!r}, but problems.json in {folder} has no such "
             f"problem ({len(missing)} are missing). Take both files from one copy of the data."
         )
-    texts: dict[str, str] = {}
-    if captions:
-        beside = folder.parent / "captions.json"
-        own = folder / "captions.json"
-        texts = _read_json(beside if beside.is_file() and not own.is_file() else own).get("captions", {})
-    return [_problem(number, problems[number], folder, texts.get(number, "")) for number in splits[split]]
+    own, beside = folder / "captions.json", folder.parent / "captions.json"
+    captions = _read_json(beside if beside.is_file() and not own.is_file() else own).get("captions", {})
+    return [_problem(number, problems[number], folder, captions.get(number, "")) for number in splits[split]]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing. Give a folder in ScienceQA's official layout: problems.json, pid_splits.json, "
-            "captions.json (needed for captions alone) and images/SPLIT/ID/image.png."
+            "captions.json and images/SPLIT/ID/image.png."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -60,7 +60,7 @@ def write_report(folder: Path, figures: dict[str, Any], task: Task, data: str, n
         f"{runs['eas']['seconds']:.0f} s with EAS and its search ({runs['eas']['trainable']:,}, "
         f"{runs['eas']['loss']:.3f}). Answering: "
         + ", ".join(f"{figures[stage]['seconds']:.0f} s ({label})" for stage, label in labels.items())
-        + ".",
+        + ". What was interrupted counts from where it went on.",
         f"Problems: {len(set(task.train.indices))} trained on, {len(task.reward)} for the search's rewards, "
         f"{len(problems)} for the test. Settings: "
         # Where the data lies says nothing to who reads the report.

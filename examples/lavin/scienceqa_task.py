@@ -62,6 +62,8 @@ def split_problems(
 
     The reward's are spread evenly over the split "val", and are not trained on where that is part of `train_split`.
     """
+    if num_reward < 1:
+        raise SystemExit(f"--reward-problems {num_reward}: the search needs at least one.")
     validation = read_problems(folder, "val")
     step = max(1, len(validation) // num_reward)
     reward = validation[::step][:num_reward]

@@ -5,9 +5,7 @@ in one projection, and `text_transformer` is a RoBERTa. What the released model 
 text parts of CLIP beside `vit_model.visual`, RoBERTa's pooler, and the positions' numbers.
 """
 
-import pickle
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from meter.modeling_meter import (
     MeterModel,
     MeterPreTrainedModel,
 )
+from released_files import clip_vision_weight, load_tensors
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, RobertaConfig
 
@@ -34,20 +33,6 @@ HEADS = (*MODELS, "itm_score")
 UNUSED = re.compile(
     r"vit_model\.(token_embedding|positional_embedding|ln_final)\b|text_transformer\.pooler\.|.*\.position_ids$"
 )
-# OpenAI's names of CLIP's vision tower, and transformers'.
-VISION = {
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1": "embeddings.patch_embedding",
-    "ln_pre": "pre_layrnorm",
-    "ln_post": "post_layernorm",
-    "transformer.resblocks": "encoder.layers",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 HEAD_SIZE = 64
 
 
@@ -55,16 +40,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file of PyTorch (Lightning), by their released names.
 
     Raises:
-        ValueError: if the file holds anything that could run code, or no weights.
+        FileNotFoundError, ValueError: if the file is not there, holds anything that could run code, or no weights.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as weights alone ({str(error).splitlines()[0]}). If it is whole and you trust it, "
-            'save torch.load(path, weights_only=False)["state_dict"] with torch.save, and convert that file.'
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    content = load_tensors(Path(path))
+    state = content.get("state_dict", content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no weights by name, or other things among them. Give a checkpoint of METER.")
     return state
@@ -143,24 +122,13 @@ def convert_names(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         if UNUSED.match(name):
             continue
         if name.startswith("vit_model.visual."):
-            converted |= {f"{prefix}vision_model.{new}": part for new, part in _convert_vision(name, weight)}
+            parts = clip_vision_weight(name.removeprefix("vit_model.visual."), weight)
+            converted |= {f"{prefix}vision_model.{new}": part for new, part in parts}
         elif name.split(".")[0] in HEADS:
             converted[name] = weight
         else:
             converted[prefix + re.sub(r"^text_transformer\.", "text_model.", name)] = weight
     return converted
-
-
-def _convert_vision(name: str, weight: Tensor) -> Iterable[tuple[str, Tensor]]:
-    name = name.removeprefix("vit_model.visual.")
-    for old, new in VISION.items():
-        name = re.sub(rf"(^|(?<=\.)){re.escape(old)}(?=\.|$)", new, name)
-    packed = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", name)
-    if packed is None:
-        return [(name, weight)]
-    layer, kind = packed.groups()
-    parts = zip("qkv", weight.chunk(3), strict=True)
-    return [(f"{layer}.self_attn.{letter}_proj.{kind}", part.clone()) for letter, part in parts]
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:

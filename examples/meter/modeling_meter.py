@@ -274,8 +274,12 @@ class MeterModel(MeterPreTrainedModel):
             Output for B, B K or B N pairs, those of one image or text next to each other.
 
         Raises:
-            ValueError: for several texts and several images at once, or more images than there are token types.
+            ValueError: for other images than of each sample, for several texts and several images at once, and for
+                more images than there are token types.
         """
+        if pixel_values is None or len(pixel_values) != len(input_ids):
+            given = "no pixel_values" if pixel_values is None else f"images of {len(pixel_values)} samples"
+            raise ValueError(f"{given} were received with {len(input_ids)} texts. Give each sample's text and image.")
         texts, images = input_ids.flatten(0, -2), pixel_values.flatten(0, -4)
         text_masks = None if attention_mask is None else attention_mask.flatten(0, -2)
         num_texts, num_images = len(texts) // len(pixel_values), len(images) // len(pixel_values)
@@ -382,7 +386,15 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
         """Takes texts, (B, T), and pairs of images, the left one first, (B, 2, 3, H, W); `labels` are classes, (B,).
 
         The text is computed with each image apart, and the classifier reads both results, the left one's first.
+
+        Raises:
+            ValueError: for anything but pairs of images.
         """
+        if pixel_values is not None and (pixel_values.dim() != 5 or pixel_values.shape[1] != 2):
+            raise ValueError(
+                f"pixel_values were received in the shape {tuple(pixel_values.shape)}. Give pairs of images, (batch, "
+                "2, 3, height, width)."
+            )
         pooled = self.meter(input_ids, attention_mask, pixel_values, **kwargs).pooler_output
         logits = self.nlvr2_classifier(pooled.unflatten(0, (-1, 2)).flatten(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
@@ -436,9 +448,10 @@ AutoModelForSequenceClassification.register(MeterConfig, MeterForImagesAndTextCl
 # It chooses among the texts of an image, given and scored as there.
 AutoModelForMultipleChoice.register(MeterConfig, MeterForImageTextRetrieval, exist_ok=True)
 
-try:  # so that whoever imports this module can load merged models
-    from peft_eas.merged import register_family
-except ImportError:  # as where this file lies beside a merged model's weights
-    pass
-else:
-    register_family(MeterConfig.model_type)
+if not __name__.startswith("transformers_modules."):  # beside a merged model's weights, that has its own code
+    try:  # so that whoever imports this module can load merged models
+        from peft_eas.merged import register_family
+    except ImportError:
+        pass
+    else:
+        register_family(MeterConfig.model_type)

@@ -37,7 +37,7 @@ from transformers import (
     AutoProcessor,
     CLIPProcessor,
 )
-from vqa import COLORS, SHAPES, Split, load_images, load_questions, majority_accuracy, preprocess
+from vqa import COLORS, SHAPES, Split, blind_accuracy, load_images, load_questions, preprocess
 
 from peft_eas.search import evaluation_mode
 
@@ -48,7 +48,7 @@ NUM_TEXTS = 4  # for an image in a batch of the retrieval task: the right one an
 GALLERY_COPIES = 4  # images of each colour and shape in a gallery of the retrieval task
 # METER's ranks, 144 and 96 at a width of 768, in the same proportion; adapters without a router.
 EAS = {"target_modules": CROSS_MODAL_MHAS, "r": 18, "attention_r": 12, "paths": 1, "dropout": 0.0}
-POOLERS = ["cross_modal_text_pooler", "cross_modal_image_pooler", "meter.token_type_embeddings"]
+TRAINED_WITH_HEADS = ["cross_modal_text_pooler", "cross_modal_image_pooler", "meter.token_type_embeddings"]
 LORA_TARGETS = CROSS_MODAL_MHAS + r"\.self\.(query|value)"
 
 
@@ -323,7 +323,7 @@ def _task(name: str, data: Any, head: str, **values: Any) -> Task:
         reward=data("reward"),
         test=data("test"),
         collate=partial(collate, name=name),
-        eas={**EAS, "modules_to_save": [head, *POOLERS]},
+        eas={**EAS, "modules_to_save": [head, *TRAINED_WITH_HEADS]},
         lora_targets=LORA_TARGETS,
         deployed_batch=partial(_deployed_batch, data, name),
         **values,
@@ -380,9 +380,9 @@ def meter_retrieval() -> Task:
 
 
 def blind_score(name: str) -> float:
-    """The headline that can be had without looking: the most frequent answer, or chance."""
+    """The headline that can be had without looking: each question's most frequent answer, or chance."""
     if name == "vqa":
-        return majority_accuracy(load_questions("what", "test"))
+        return blind_accuracy(load_questions("what", "test"))
     return 1 / 2 if name == "nlvr2" else 1 / (len(COLORS) * len(SHAPES))
 
 
