@@ -26,6 +26,7 @@ class Architecture:
         ffn_projections: the projections that read the FFN's input: modules with a weight, or parameters of shape
             (experts, outputs, width), or (experts, width, outputs) where `transposed` names them.
         input_norm: the norm that only feeds the MHA and is deleted with it (pre-norm blocks), or None.
+        shared_norm: the norm that feeds both the MHA and the FFN beside it (parallel blocks), or None.
         output_norm: what only the MHA feeds, in front of the residual (a norm or a scale); deleted too, or None.
         kept_norm: the norm inside the MHA that a skipped block still applies, y = norm(x) (post-norm blocks), or None.
         core: the part of the MHA that holds its projections, where the MHA also reads its input for a residual, which
@@ -51,6 +52,7 @@ class Architecture:
     ffn: str
     ffn_projections: tuple[str, ...]
     input_norm: str | None = None
+    shared_norm: str | None = None
     output_norm: str | None = None
     kept_norm: str | None = None
     core: str | None = None
@@ -318,7 +320,12 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
     "GPTNeoXLayer": _GPT_NEOX,
     # One norm for MHA and FFN; one each, side by side; one each, in turns.
     "FalconDecoderLayer": (
-        replace(_FALCON, input_norm=None, where={"config.parallel_attn": True, "ln_mlp": None}),
+        replace(
+            _FALCON,
+            input_norm=None,
+            shared_norm="input_layernorm",
+            where={"config.parallel_attn": True, "ln_mlp": None},
+        ),
         replace(_FALCON, input_norm="ln_attn"),
         replace(_FALCON, where={"config.parallel_attn": False}),
     ),

@@ -14,7 +14,8 @@ from transformers.trainer_callback import ExportableState
 from .bandit import Reward
 from .reward import RewardSet, choose_reward_set, hold_back
 from .schedule import SETTINGS, check_settings
-from .search import EASSearch, eas_of, needs_search
+from .search import EASSearch
+from .skippable import eas_of, needs_search
 from .trainer import (
     calling_trainer,
     check_context_of_batches,

@@ -114,7 +114,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
 def _own_import(model: PreTrainedModel) -> list[str]:
     """What must be imported besides, where the base is not transformers' own."""
     base = model._stock_class()
-    is_own = base.__module__.partition(".")[0] not in ("transformers", "transformers_modules", "__main__")
+    is_own = base.__module__.partition(".")[0] not in ("transformers", "transformers_modules")
     return [f"import {base.__module__}  # {base.__name__}"] if is_own else []
 
 

@@ -37,27 +37,42 @@ def code_text() -> str:
     return "\n\n".join([head, *map(_without_relative_imports, sources)])
 
 
-def write_code(folder: Path, base_classes: Iterable[type]) -> None:
-    """Writes the code file, and where `base_classes`, of the base model, are not transformers', what they come from.
+def code_files(base_classes: Iterable[type]) -> dict[str, str]:
+    """By name, the code file, and where `base_classes`, of the base model, are not transformers', what they come from.
 
     A module that needs no other of its own package is copied and imported from there; any other is imported under its
     own name, so that transformers asks for its package.
+
+    Raises:
+        ValueError: for classes that no other process could import.
     """
     by_module: dict[str, set[str]] = {}
     for base_class in base_classes:
-        if base_class.__module__.partition(".")[0] not in ("transformers", "__main__"):
+        if base_class.__module__.partition(".")[0] != "transformers":
             by_module.setdefault(base_class.__module__, set()).add(base_class.__name__)
-    imports = []
+    files, imports = {}, []
     for module, names in sorted(by_module.items()):
+        if module == "__main__":
+            raise ValueError(
+                f"{', '.join(sorted(names))} of this model's base are defined in the script that runs (__main__), "
+                "where nobody can import them from. Move them into a module, import it, load the adapter on the base "
+                "there and merge again."
+            )
         source = Path(sys.modules[module].__file__)
         text, place = source.read_text(encoding="utf-8"), module
         if _stands_alone(text, module.partition(".")[0]):
             place = f".{source.stem}"
-            (folder / source.name).write_text(text, encoding="utf-8")
+            files[source.name] = text
+        elif module.startswith("transformers_modules."):
+            raise ValueError(
+                f"{module}, the code of this model's base, was loaded with trust_remote_code and needs other files "
+                f"beside it, which a merged checkpoint does not hold. Put it all into one file, {source.name}, or "
+                "install it as a package, load the base and the adapter again, and merge."
+            )
         imports.append(f"from {place} import {', '.join(sorted(names))}\n")
     code = code_text()
     added = "".join(line for line in imports if line not in code)
-    (folder / CODE_FILE).write_text(f"{code}\n\n{added}" if added else code, encoding="utf-8")
+    return {**files, CODE_FILE: f"{code}\n\n{added}" if added else code}
 
 
 def _stands_alone(source: str, package: str) -> bool:
@@ -160,14 +175,19 @@ class CheckpointMixin:
 
         Args:
             processing_class: a tokenizer or processor to save in the same folder, or None.
+
+        Raises:
+            ValueError: before anything is written, for a base whose code no other process could import.
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        files = code_files(self._base_classes())
         self.config.auto_map = self._auto_map()
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
         folder = Path(save_directory)
-        write_code(folder, self._base_classes())
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         for function in AFTER_SAVE:

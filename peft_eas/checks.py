@@ -241,8 +241,8 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
     if chunk_size:
         raise ValueError(
             f"chunk_size_feed_forward={chunk_size} feeds the FFN a part of the tokens at a time, but the adapter in "
-            "front of it takes all of a sequence. Set chunk_size_feed_forward to 0 in the model's config; a merged "
-            "model takes any."
+            "front of it takes all of a sequence. Set chunk_size_feed_forward to 0 in the model's config; a "
+            "folded model takes any."
         )
     return shape
 

@@ -80,7 +80,7 @@ class EASConfig(PeftConfig):
         default=None,
         metadata={
             "help": "How many MHAs the search (EASCallback) skips, at least 0 and at most as many as there are "
-            "targets. Default: as many as `skipped_modules` names, else none."
+            "targets that `kept_modules` does not name. Default: as many as `skipped_modules` names, else none."
         },
     )
     skipped_modules: list[str] | None = field(
@@ -117,7 +117,7 @@ class EASConfig(PeftConfig):
             "help": "'prompt': the mean over each sequence's own prompt (the paper). 'running': the running mean of "
             "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'. 'none': "
             "adapters that read nothing but each token itself, z + s U dropout(C z), with one path and no router; "
-            "always exact under a merge."
+            "the merge needs no frozen context to be exact."
         },
     )
     init_weights: bool = field(

@@ -187,7 +187,8 @@ def shift_before(update: LowRankMap) -> torch.Tensor:
     if not error <= 1e-5 * shift.abs().max():
         raise ValueError(
             "This adapter cannot be folded into a mixture of experts: it takes a direction of the hidden states away, "
-            "in which its bias lies. Train a few more steps, or merge with context='prompt', which folds nothing."
+            "in which its bias lies. Train a few more steps; or, if it was trained with context='prompt' and is not "
+            "frozen, merge with context='prompt', which folds nothing."
         )
     return before.float()
 

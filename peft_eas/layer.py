@@ -204,8 +204,11 @@ class AdaptedLayer(EASLayer):
     @property
     def needs_prompt(self) -> bool:
         """Whether the next forward pass takes this layer's context from the prompt."""
-        name = self.adapter_in_force
-        return not self.merged and self.used_adapter(name) is not None and self._takes_prompt(name)
+        return not self.merged and self.uses_prompt(self.adapter_in_force)
+
+    def uses_prompt(self, adapter_name: str | None) -> bool:
+        """Whether the adapter is of use here and takes its context from the prompt."""
+        return self.used_adapter(adapter_name) is not None and self._takes_prompt(adapter_name)
 
     def _takes_prompt(self, adapter_name: str) -> bool:
         config = self.candidate.configs[adapter_name]

@@ -47,7 +47,7 @@ FAMILIES = (
     *("paligemma", "internvl", "vilt", "bridgetower"),
 )
 # Of the record `eas`. A process may load a checkpoint with the code of another one, which may be older.
-FORMAT = 2
+FORMAT = 3
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
@@ -288,7 +288,9 @@ def _subclass(stock: type, mixin: type, **attributes: Any) -> type:
         return stock
     if stock not in _CLASSES:
         name = f"EAS{stock.__name__}"
-        _CLASSES[stock] = type(name, (mixin, stock), {"__module__": __name__, "__qualname__": name, **attributes})
+        # Of a base that has an `_auto_class`, transformers would copy the module, in the place of the merged one's.
+        own = {"__module__": __name__, "__qualname__": name, "_auto_class": None}
+        _CLASSES[stock] = type(name, (mixin, stock), {**own, **attributes})
         globals()[name] = _CLASSES[stock]  # where pickle looks for it
     return _CLASSES[stock]
 
@@ -297,19 +299,46 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
     """Lets the Auto classes load merged models whose base has the type `model_type`.
 
     The families of `FAMILIES` are registered on import. For a model that is not transformers' own, call this where it
-    is registered with the Auto classes, so that whoever imports its module can load its merged checkpoints.
+    is registered with the Auto classes, so that whoever imports its module can load its merged checkpoints. The module
+    itself should do so only where it is no copy beside a merged model's weights, which need no package to be loaded:
+
+        if not __name__.startswith("transformers_modules."):
+            from peft_eas.merged import register_family
+
+            register_family("my_model")
 
     Raises:
         ValueError: if the Auto classes do not know `model_type`.
     """
-    check_registered(model_type)
+    _check_type(model_type)
     config_class = merged_config_class(CONFIG_MAPPING[model_type])
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     return config_class
 
 
-def check_registered(model_type: str) -> None:
-    """Raises ValueError if the Auto classes do not know `model_type`."""
+def check_registered(model_class: type[PreTrainedModel]) -> None:
+    """Raises ValueError if the Auto classes would not load a model of this class, or would take another for it."""
+    config_class = model_class.config_class
+    _check_type(config_class.model_type)
+    if model_class.__module__.partition(".")[0] == "transformers":
+        return
+    known = CONFIG_MAPPING[config_class.model_type]
+    if known is not config_class:
+        raise ValueError(
+            f"To the Auto classes the model type {config_class.model_type!r} is {known.__name__}'s, whose model they "
+            f"would load for this {model_class.__name__}, merged. Give its {config_class.__name__} a model_type of "
+            "its own and register both classes: AutoConfig.register(...), and AutoModel.register(...) or that of its "
+            "task."
+        )
+    mappings = (getattr(getattr(modeling_auto, name), "_model_mapping", None) for name in modeling_auto.__all__)
+    if not any(mapping is not None and mapping.get(config_class, None) is model_class for mapping in mappings):
+        raise ValueError(
+            f"No Auto class knows {model_class.__name__}, so that none could load it merged. Register it first: "
+            f"AutoModel.register({config_class.__name__}, {model_class.__name__}), or that of its task."
+        )
+
+
+def _check_type(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"The Auto classes do not know the model type {model_type!r}, so that they could not load it merged. "

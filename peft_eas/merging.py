@@ -132,7 +132,7 @@ class MergingTuner(BaseTuner):
                 f"{type(self.model).__name__}. Give the transformers model inside it to get_peft_model, or fold in "
                 "place with merge_adapter()."
             )
-        check_registered(self.model.config_class.model_type)
+        check_registered(type(self.model))
 
     def _choose_trained_modules(self, names: list[str]) -> None:
         """Lets PEFT leave the modules_to_save of the adapters `names` in the model, or without any the base's.
@@ -191,7 +191,7 @@ class MergingTuner(BaseTuner):
         return names
 
     def _check_merge(self, names: list[str], finite: bool, warn: bool) -> None:
-        of_prompt = [name for name in names if self.peft_config[name].context == "prompt"]
+        of_prompt = [name for name in names if any(layer.uses_prompt(name) for layer in self._adapted_layers())]
         if warn and of_prompt:
             warnings.warn(
                 f"The EAS adapter {', '.join(map(repr, of_prompt))} takes its context from each prompt "

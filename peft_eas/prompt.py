@@ -257,14 +257,22 @@ class PromptHook:
         holds candidate tokens, so that it cannot tell.
 
         Raises:
-            ValueError: for chunked prefill, which computes the first chunk before the prompt is known; for a mask that
-                is none.
+            ValueError: for chunked prefill, which computes the first chunk before the prompt is known; for a
+                `prompt_mask` that is no tensor or not of the tokens' shape.
         """
         _check_mask(prompt_mask)
         tokens = next(
             (kwargs[key] for key in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(key) is not None),
             args[0] if args else None,
         )
+        if prompt_mask is not None and not self._decodes_encoded:
+            shape = tuple(tokens.shape[:2]) if isinstance(tokens, torch.Tensor) else None
+            if prompt_mask.shape != shape:
+                raise ValueError(
+                    f"{PROMPT_MASK_KEY} of shape {tuple(prompt_mask.shape)} was received with "
+                    f"{'no tokens' if shape is None else f'tokens of shape {shape}'}. Pass one value for each token "
+                    "of the prompts, (batch, tokens)."
+                )
         config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None and self.is_needed():

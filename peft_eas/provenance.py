@@ -53,11 +53,16 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     }
     if earlier and hub_id is None:  # merged before, and never published
         base |= {key: earlier[key] for key in base if key in earlier}
+    # Those of an earlier merge, too, whose skipped MHAs are gone.
+    candidates = list(
+        dict.fromkeys([*earlier.get("candidates", ()), *_mhas_of(eas, adapter_name, never_skipped=False)])
+    )
+    kept = dict.fromkeys([*earlier.get("kept", ()), *_mhas_of(eas, adapter_name, never_skipped=True)])
     return {
         **base,
         "task_type": getattr(config.task_type, "value", config.task_type),
-        "candidates": earlier.get("candidates") or _mhas_of(eas, adapter_name, never_skipped=False),
-        "kept": earlier.get("kept") or _mhas_of(eas, adapter_name, never_skipped=True),
+        "candidates": candidates,
+        "kept": [name for name in kept if name not in candidates],
         "scores": config.scores,
         "r": config.r,
         "attention_r": config.attention_r,

@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .bandit import AttentionBandit, Reward
-from .model import EASModel
 from .schedule import SETTINGS, Schedule, check_settings
-from .skippable import Skippable
+from .skippable import eas_of, needs_search
 from .values import python_number
 
 logger = logging.getLogger(__name__)
@@ -85,7 +83,7 @@ class EASSearch:
 
     Raises:
         TypeError: for a model without EAS adapters that is no `Skippable` either.
-        ValueError: for a setting out of range or one that does not fit the run; the model is left as it was.
+        ValueError: for a setting out of range or one that does not fit the run or the model, which is left as it was.
     """
 
     def __init__(
@@ -122,6 +120,11 @@ class EASSearch:
         self.bandit: AttentionBandit | None = None
         self._has_drawn = False
         config = self.eas.active_config
+        if (config.num_skip or 0) > len(self.eas.candidates):
+            raise ValueError(
+                f"num_skip={config.num_skip} of {len(self.eas.candidates)} candidates are to be skipped. Give at most "
+                "as many as there are."
+            )
         self._skipped_modules = config.skipped_modules
         if needs_search(self.eas):
             self.bandit = AttentionBandit(
@@ -132,6 +135,8 @@ class EASSearch:
                 reward=reward,
                 seed=seed,
             )
+        if config.context != "prompt":  # nothing to freeze
+            settings["freeze_context_at"] = None
         self._schedule = Schedule.of(settings, num_steps)
         if self.is_searching:
             self._schedule.check(settings, num_steps)
@@ -175,7 +180,7 @@ class EASSearch:
             if self.step >= self._schedule.search_end:
                 self._fix(self.bandit.best())
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
-        if self._is_freeze_due:
+        if self._is_freeze_due and self.eas.active_config.context == "prompt":
             self.eas.freeze_context()
 
     def finish(self) -> None:
@@ -313,36 +318,6 @@ class EASSearch:
                 "find_unused_parameters=True and static_graph=False (with accelerate: "
                 "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))."
             )
-
-
-def eas_of(model: nn.Module, caller: str, receiver: str) -> Skippable:
-    """The `EASModel`, or other `Skippable`, in a model that may be wrapped for distributed training or compiled.
-
-    `receiver` names what `caller` has its model from.
-
-    Raises:
-        TypeError: if there is none.
-    """
-    inner = model
-    while inner is not None:
-        inner = getattr(inner, "_orig_mod", inner)
-        if isinstance(getattr(inner, "base_model", None), EASModel):
-            return inner.base_model
-        if isinstance(inner, PeftModel):  # of another method, through which its base's attributes shine
-            inner = inner.get_base_model()
-        if isinstance(inner, Skippable):
-            return inner
-        inner = getattr(inner, "module", None)
-    raise TypeError(
-        f"{caller} was given a {type(model).__name__} without EAS adapters. Pass {receiver} the model that "
-        "get_peft_model(model, EASConfig(...)) returns, or a module with all that peft_eas.Skippable names."
-    )
-
-
-def needs_search(eas: Skippable) -> bool:
-    """Whether the active config leaves it to a search what is skipped."""
-    config = eas.active_config
-    return config.skipped_modules is None and 0 < (config.num_skip or 0) < len(eas.candidates)
 
 
 def _mean_over_ranks(losses: torch.Tensor) -> list[float]:

@@ -1,6 +1,6 @@
 """How much each attention changes what passes it: a choice of what to skip that needs no search."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from .architectures import join
 from .candidate import Candidate
 from .layer import MHALayer
 from .model import EASModel
-from .search import eas_of, evaluation_mode
+from .search import evaluation_mode
+from .skippable import eas_of
 
 
 @torch.no_grad()
@@ -20,14 +21,14 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
 
     Source: He et al., "What Matters in Transformers? Not All Attention is Needed" (arXiv 2406.15786), section 3: the
     higher, the less the attention changes, so that the most similar are dropped first. The similarity is taken token
-    by token, with norms as the block has them: behind the sum, it is of the norm's output (post-norm blocks).
+    by token; where the MHA itself holds the sum and a norm behind it (BERT's kind), it is of that norm's output.
 
         names = sorted(similarities, key=similarities.get, reverse=True)[:k]
         model.base_model.fix_skipped_modules(names)
 
     Args:
-        model: what `get_peft_model(model, EASConfig(...))` returned, with nothing skipped. It is called in evaluation
-            mode, which is switched back.
+        model: what `get_peft_model(model, EASConfig(num_skip=k, ...))` returned, with nothing skipped. It is called in
+            evaluation mode, which is switched back.
         batches: keyword arguments of the model. Tokens that an `attention_mask` of shape (B, T) hides do not count
             where the states are of that shape as well.
 
@@ -35,8 +36,8 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
         by full name of the candidate, the mean over the tokens of all batches, in [-1, 1], in the model's order.
 
     Raises:
-        TypeError: for a model without EAS adapters.
-        ValueError: if an MHA is skipped, which changes nothing; for no batches; for an MHA that no batch reached.
+        TypeError: for a model without EAS adapters; for batches that are no dictionaries.
+        ValueError: if an MHA is skipped, which changes nothing; for no batches; for an MHA that no token reached.
     """
     eas = eas_of(model, "attention_similarities", "it")
     if not isinstance(eas, EASModel):
@@ -54,6 +55,11 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
     try:
         with evaluation_mode(model):
             for batch in batches:
+                if not isinstance(batch, Mapping):
+                    raise TypeError(
+                        f"attention_similarities was given a batch of type {type(batch).__name__}. Pass an iterable "
+                        "of batches, each a dictionary of the model's arguments."
+                    )
                 mask = batch.get("attention_mask")
                 for meter in meters.values():
                     meter.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -64,8 +70,8 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
     unreached = [name for name, meter in meters.items() if meter.count == 0]
     if unreached:
         raise ValueError(
-            f"{len(unreached)} of {len(meters)} attentions were not called, such as {unreached[0]}. Pass at least one "
-            "batch, with all the inputs that the model attends to."
+            f"{len(unreached)} of {len(meters)} attentions were not called, or with hidden tokens alone, such as "
+            f"{unreached[0]}. Pass at least one batch, with all the inputs that the model attends to."
         )
     return {name: float(meter.total / meter.count) for name, meter in meters.items()}
 
@@ -81,7 +87,7 @@ class _Meter:
         self.total = torch.zeros((), dtype=torch.float64)
         self.count = 0
 
-        first, last = row.input_norm or row.mha, row.output_norm or row.mha
+        first, last = row.input_norm or row.shared_norm or row.mha, row.output_norm or row.mha
         self.handles = [
             model.get_submodule(join(candidate.block, first)).register_forward_pre_hook(self._note, with_kwargs=True),
             model.get_submodule(join(candidate.block, last)).register_forward_hook(self._compare),

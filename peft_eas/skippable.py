@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from peft import PeftModel
+from torch import nn
+
 from .config import EASConfig
+from .model import EASModel
 
 
 @runtime_checkable
@@ -16,9 +20,10 @@ class Skippable(Protocol):
 
     @property
     def active_config(self) -> EASConfig:
-        """The search reads `num_skip`, `skipped_modules` (None: to be searched) and `context`, and writes `scores`.
+        """The search reads `num_skip`, `skipped_modules` (None: to be searched) and `context`.
 
-        Where nothing is to be frozen at the end of a run, `context` is "none".
+        It writes `scores`, by `note_scores` too, and `context`, "running", when it resumes a run that was frozen.
+        Where there is nothing to freeze, `context` is "none".
         """
 
     @property
@@ -36,7 +41,37 @@ class Skippable(Protocol):
         """The same for good: writes them into the config; parameters that are of no use any longer may be dropped."""
 
     def freeze_context(self) -> None:
-        """Called once, towards the end of a run; turns `context` from "prompt" to "running", if it is that."""
+        """Called once in a run if `context` is "prompt"; turns it to "running"."""
 
     def sync_context(self) -> None:
         """Called after each optimizer step; makes what the ranks have gathered each for itself equal."""
+
+
+def eas_of(model: nn.Module, caller: str, receiver: str) -> Skippable:
+    """The `EASModel`, or other `Skippable`, in a model that may be wrapped for distributed training or compiled.
+
+    `receiver` names what `caller` has its model from.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    inner = model
+    while inner is not None:
+        inner = getattr(inner, "_orig_mod", inner)
+        if isinstance(getattr(inner, "base_model", None), EASModel):
+            return inner.base_model
+        if isinstance(inner, PeftModel):  # of another method, through which its base's attributes shine
+            inner = inner.get_base_model()
+        if isinstance(inner, Skippable):
+            return inner
+        inner = getattr(inner, "module", None)
+    raise TypeError(
+        f"{caller} was given a {type(model).__name__} without EAS adapters. Pass {receiver} the model that "
+        "get_peft_model(model, EASConfig(...)) returns, or a module with all that peft_eas.Skippable names."
+    )
+
+
+def needs_search(eas: Skippable) -> bool:
+    """Whether the active config leaves it to a search what is skipped."""
+    config = eas.active_config
+    return config.skipped_modules is None and 0 < (config.num_skip or 0) < len(eas.candidates)

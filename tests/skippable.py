@@ -46,6 +46,7 @@ class Blocks(nn.Module):
 
     def freeze_context(self) -> None:
         self.calls.append("freeze")
+        self.active_config.context = "running"
 
     def sync_context(self) -> None:
         self.calls.append("sync")

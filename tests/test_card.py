@@ -406,6 +406,21 @@ def test_a_second_merge_keeps_the_origin_of_the_first(saved, tmp_path):
     assert "Speed" not in ModelCard.load(tmp_path / "README.md").text
 
 
+def test_a_second_merge_counts_what_the_first_kept(tmp_path):
+    first, third = mha_names("llama", [0]), mha_names("llama", [2])
+    merged = add_eas(build_model("llama", "cpu"), "llama", [0], "running", kept_modules=third).merge_and_unload()
+    assert merged.config.eas["origin"]["kept"] == third
+    twice = add_eas(merged, "llama", [2], "running").merge_and_unload()
+    facts = twice.config.eas["origin"]
+    assert (facts["kept"], sorted(facts["candidates"])) == ([], mha_names("llama"))
+    twice.save_pretrained(tmp_path)
+    assert rows(ModelCard.load(tmp_path / "README.md"))["Attentions deleted"] == "2 of 4"
+    merged = add_eas(build_model("llama", "cpu"), "llama", [0], "running").merge_and_unload()
+    facts = add_eas(merged, "llama", [1], "running", kept_modules=third).merge_and_unload().config.eas["origin"]
+    assert set(first + third) <= set(facts["candidates"])
+    assert not set(facts["candidates"]) & set(facts["kept"])
+
+
 def test_only_the_main_process_writes(llama, tmp_path):
     llama.save_pretrained(tmp_path / "adapter", is_main_process=False)
     llama.merge_and_unload().save_pretrained(tmp_path / "merged", is_main_process=False)

@@ -377,6 +377,13 @@ def test_chunked_prefill_does_not_go_with_the_prompt(how, device):
     assert torch.equal(actual.sequences, expected.sequences)
 
 
+@pytest.mark.parametrize("shape", [(LENGTH,), (2, 1, LENGTH), (1, LENGTH), (4, LENGTH), (2, LENGTH - 1)])
+def test_a_prompt_mask_of_another_shape_is_refused(shape):
+    model, inputs = make_eas("llama", "cpu", SKIPS["half"]), make_inputs("llama", "cpu", length=LENGTH)
+    with pytest.raises(ValueError, match=rf"eas_prompt_mask of shape .* tokens of shape \(2, {LENGTH}\)"):
+        generate(model, {**inputs, "eas_prompt_mask": torch.ones(shape, dtype=torch.bool)})
+
+
 # --- beams and samples -----------------------------------------------------------------------------------------------
 
 

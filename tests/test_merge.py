@@ -136,6 +136,16 @@ def test_merging_with_the_prompts_context_says_so(family, device):
     assert difference(logits(merged, inputs), expected) <= 1e-5
 
 
+def test_adapters_that_read_no_context_merge_without_a_warning(device):
+    """Those of kept MHAs, without a router."""
+    model, inputs = make_eas("llama", device, [], "prompt", paths=1), make_inputs("llama", device)
+    expected = logits(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = model.merge_and_unload()
+    assert difference(logits(merged, inputs), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "vit"])
 def test_without_a_context_merging_is_exact_and_warns_of_nothing(family, device):
     inputs = make_inputs(family, device)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from peft_eas import EASConfig
@@ -104,11 +104,23 @@ def own_module(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: 
     return module
 
 
+def with_adapters(base, skipped=SKIPPED):
+    torch.manual_seed(1)
+    config = EASConfig(task_type="CAUSAL_LM", skipped_modules=skipped, r=4, attention_r=2, init_weights=False)
+    return get_peft_model(base.eval(), config).eval()
+
+
 def merged_model(module, context: str = "running"):
     torch.manual_seed(0)
-    base = module.OwnForCausalLM(module.OwnConfig(text_config=TEXT)).eval()
-    config = EASConfig(task_type="CAUSAL_LM", skipped_modules=SKIPPED, r=4, attention_r=2, init_weights=False)
-    return get_peft_model(base, config).eval().merge_and_unload(context=context)
+    return with_adapters(module.OwnForCausalLM(module.OwnConfig(text_config=TEXT))).merge_and_unload(context=context)
+
+
+def check_refused(model, message: str) -> None:
+    """Merging is refused before anything changes."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.merge_and_unload()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_in_another_process_with_neither_package_nor_module(tmp_path, monkeypatch):
@@ -170,14 +182,55 @@ def test_a_model_that_is_not_registered_is_refused_before_anything_changes(tmp_p
     module = own_module("own_whole", tmp_path, monkeypatch)
     config = type("StrayConfig", (module.OwnConfig,), {"model_type": "stray"})
     stray = type("StrayModel", (module.OwnForCausalLM,), {"config_class": config, "config": config})
-    base = stray(config(text_config=TEXT)).eval()
-    model = get_peft_model(base, EASConfig(task_type="CAUSAL_LM", skipped_modules=SKIPPED, r=4, attention_r=2))
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"do not know the model type 'stray'.*AutoConfig.register\('stray'"):
-        model.merge_and_unload()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    model = with_adapters(stray(config(text_config=TEXT)))
+    check_refused(model, r"do not know the model type 'stray'.*AutoConfig.register\('stray'")
     with pytest.raises(ValueError, match=r"do not know the model type 'nothing'"):
         register_family("nothing")
+
+
+def test_a_model_that_would_load_as_another_is_refused(tmp_path, monkeypatch):
+    layers = [f"model.layers.{i}.self_attn" for i in (0, 2)]
+    mine = type("MyLlama", (LlamaForCausalLM,), {"__module__": __name__})
+    check_refused(with_adapters(mine(LlamaConfig(**TEXT)), layers), r"No Auto class knows MyLlama.*AutoModel.register")
+    config = type("MyConfig", (LlamaConfig,), {})
+    mine = type("MyLlama", (LlamaForCausalLM,), {"__module__": __name__, "config_class": config, "config": config})
+    message = r"model type 'llama' is LlamaConfig's.* load for this MyLlama.* MyConfig a model_type of its own"
+    check_refused(with_adapters(mine(config(**TEXT)), layers), message)
+    module = own_module("own_whole", tmp_path, monkeypatch)
+    other = type("OtherHead", (module.OwnForCausalLM,), {})
+    check_refused(with_adapters(other(module.OwnConfig(text_config=TEXT))), "No Auto class knows OtherHead")
+
+
+def test_a_base_that_was_registered_for_auto_classes(tmp_path, monkeypatch):
+    module = own_module("own_whole", tmp_path, monkeypatch)
+    module.OwnConfig.register_for_auto_class()
+    module.OwnForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    merged = merged_model(module)
+    merged.save_pretrained(tmp_path / "merged")
+    ids = torch.arange(10).reshape(2, 5)
+    for trust in (False, True):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=trust)
+        assert torch.equal(loaded(ids).logits, merged(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("__main__", r"OwnConfig, OwnForCausalLM, OwnModel .* script that runs.*into a module"),
+        ("transformers_modules.own.modeling", r"trust_remote_code and needs other files.*into one file, own_parts.py"),
+    ],
+)
+def test_classes_that_no_other_process_could_import_are_not_saved(place, message, tmp_path, monkeypatch):
+    (tmp_path / "own_part.py").write_text("")
+    module = own_module("own_parts", tmp_path, monkeypatch, extra="import own_part")
+    (tmp_path / "own_parts.py").write_text(MODULE.format(extra="from . import own_part"))
+    monkeypatch.setitem(sys.modules, "transformers_modules.own.modeling", module)
+    merged = merged_model(module)
+    for own in (module.OwnConfig, module.OwnModel, module.OwnForCausalLM):
+        monkeypatch.setattr(own, "__module__", place)
+    with pytest.raises(ValueError, match=message):
+        merged.save_pretrained(tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("*"))
 
 
 def test_a_class_that_nobody_knows():

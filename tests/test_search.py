@@ -16,7 +16,8 @@ from torch import nn
 from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_model, make_trainer, weights
 
 from peft_eas import EASCallback, EASSearch, Skippable
-from peft_eas.search import SETTINGS, eas_of
+from peft_eas.search import SETTINGS
+from peft_eas.skippable import eas_of
 
 STEPS = 20
 
@@ -324,6 +325,18 @@ def test_settings_that_do_not_fit_are_refused(options, message) -> None:
     assert model.base_model.skipped_modules == []
 
 
+def test_a_search_may_go_on_where_nothing_is_to_be_frozen() -> None:
+    settings = {"search_steps": 0.9, "warmup_steps": 0.1, "interval": 1}
+    assert EASSearch(make_model(context="none"), STEPS, lambda batch: 0.0, **settings).phase == "warm-up"
+    with pytest.raises(ValueError, match="Freeze later"):
+        EASSearch(make_model(), STEPS, lambda batch: 0.0, **settings)
+
+
+def test_more_than_all_candidates_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_skip=9 of 5 candidates"):
+        EASSearch(Blocks(num_skip=9), STEPS, lambda batch: 0.0)
+
+
 def test_a_model_without_eas_is_refused() -> None:
     with pytest.raises(
         TypeError, match=r"EASSearch was given a Linear without EAS adapters\. Pass EASSearch the model"
@@ -408,7 +421,7 @@ def test_another_model_is_found_in_a_compiled_one() -> None:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_it_finds_the_blocks_that_another_model_can_do_without(wrapper) -> None:
-    blocks = Blocks()
+    blocks = Blocks(context="prompt")
     model = WRAPPERS[wrapper](blocks)
     search, optimizer = search_blocks(model)
     assert search.eas is blocks
@@ -416,7 +429,7 @@ def test_it_finds_the_blocks_that_another_model_can_do_without(wrapper) -> None:
     train_blocks(search, optimizer, 23)
     assert search.phase == "search"
     train_blocks(search, optimizer, 7)
-    assert search.phase == "tune"
+    assert search.phase == "frozen"
     assert blocks.skipped_modules == blocks.active_config.skipped_modules == USELESS
     assert blocks.active_config.scores.keys() == set(blocks.candidates)
     assert list(blocks.blocks) == ["0", "2", "4"]

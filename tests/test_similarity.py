@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LAYERS, build_model, make_eas, make_inputs, mha_names
+from families import ARCHITECTURES
+from peft import get_peft_model
 from skippable import Blocks
 
-from peft_eas import attention_similarities
+from peft_eas import EASConfig, attention_similarities
 
 
 def test_is_the_similarity_of_the_residual_streams_of_a_llama() -> None:
@@ -23,6 +25,22 @@ def test_is_the_similarity_of_the_residual_streams_of_a_llama() -> None:
     model = make_eas("llama", "cpu", skip=[], init_weights=True)
     found = attention_similarities(model, [inputs])
     assert list(found) == mha_names("llama")
+    torch.testing.assert_close(torch.tensor(list(found.values())), torch.stack(expected))
+
+
+def test_of_blocks_with_one_norm_for_mha_and_ffn() -> None:
+    family = ARCHITECTURES["falcon"]
+    base, inputs = family.build().eval(), family.make_inputs()
+    streams, added = [], []
+    for layer in base.transformer.h:
+        layer.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+        layer.self_attention.register_forward_hook(lambda _, args, output: added.append(output[0]))
+    with torch.no_grad():
+        base(**inputs)
+    mask = inputs["attention_mask"].bool()
+    expected = [F.cosine_similarity(x, x + y, dim=-1)[mask].mean() for x, y in zip(streams, added, strict=True)]
+    model = get_peft_model(base, EASConfig(num_skip=1, r=8))
+    found = attention_similarities(model, [inputs])
     torch.testing.assert_close(torch.tensor(list(found.values())), torch.stack(expected))
 
 
@@ -68,3 +86,8 @@ def test_bad_input() -> None:
         attention_similarities(make_eas("llama", "cpu", skip=[2]), [inputs])
     with pytest.raises(ValueError, match="4 of 4 attentions were not called"):
         attention_similarities(make_eas("llama", "cpu", skip=[]), [])
+    hidden = {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}
+    with pytest.raises(ValueError, match="4 of 4 attentions were not called, or with hidden tokens alone"):
+        attention_similarities(make_eas("llama", "cpu", skip=[]), [hidden])
+    with pytest.raises(TypeError, match=r"a batch of type str\. Pass an iterable of batches"):
+        attention_similarities(make_eas("llama", "cpu", skip=[]), inputs)
