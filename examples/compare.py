@@ -211,7 +211,8 @@ def main() -> None:
     points = grid(arguments, tasks)
 
     def finished() -> list[dict[str, Any]]:
-        return [record for record in read_lines(path) if key_of(record) in points]
+        records = [record for record in read_lines(path) if key_of(record) in points]
+        return sorted(records, key=lambda record: points.index(key_of(record)))  # processes may have taken turns
 
     check_settings(finished(), tasks, path)
     if not arguments.report:
