@@ -116,14 +116,14 @@ class Run:
             self.problems,
             self.loading,
             self.processor,
-            arguments.format,
-            steps,
-            arguments.batch_size,
-            arguments.learning_rate,
-            arguments.max_length,
-            arguments.rank,
-            arguments.attention_rank,
-            arguments.seed,
+            prompt_format=arguments.format,
+            steps=steps,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            max_length=arguments.max_length,
+            r=arguments.rank,
+            attention_r=arguments.attention_rank,
+            seed=arguments.seed,
         )
 
     def load_base(self) -> nn.Module:

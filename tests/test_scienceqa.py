@@ -340,6 +340,9 @@ def test_answers_do_not_depend_on_the_batch(files: Path, tmp_path: Path) -> None
     assert generate_texts(None, data, processor, file) == again
 
 
+SETTINGS = {"prompt_format": "QCM-A", "steps": 5, "batch_size": 4, "learning_rate": 1e-3, "max_length": 512}
+
+
 def test_reward_problems_are_not_trained_on(files: Path) -> None:
     parts = split_problems(files / "data", "trainval", 4)
     ids = {name: {p.id for p in own} for name, own in parts.items()}
@@ -348,11 +351,11 @@ def test_reward_problems_are_not_trained_on(files: Path) -> None:
     assert ids["reward"] == {"124", "126", "128", "130"}
     processor = load_lavin(llm=str(files / "llm"))[1]
     loading = {"llm": str(files / "llm")}
-    task = make_task(parts, loading, processor, "QCM-A", 5, 4, 1e-3, max_length=512)
+    task = make_task(parts, loading, processor, **SETTINGS)
     assert len(task.train) == 20
     assert set(task.score(task.load_base())) == {"Avg", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12"}
     with pytest.raises(SystemExit, match="--max-length 20: no problem for 'train' is as short as that; the shortest"):
-        make_task(parts, loading, processor, "QCM-A", 5, 4, 1e-3, max_length=20)
+        make_task(parts, loading, processor, **{**SETTINGS, "max_length": 20})
 
 
 def test_images_are_shown_to_a_vision_tower(files: Path, tmp_path: Path) -> None:
@@ -361,7 +364,7 @@ def test_images_are_shown_to_a_vision_tower(files: Path, tmp_path: Path) -> None
     CLIPImageProcessorPil(size={"height": 8, "width": 8}, do_center_crop=False).save_pretrained(tmp_path)
     loading = {"llm": str(files / "llm"), "vision": str(tmp_path), "dtype": torch.bfloat16}
     model, processor = load_lavin(**loading)
-    task = make_task(split_problems(files / "data", "train", 4), loading, processor, "QCM-A", 5, 4, 1e-3, 512)
+    task = make_task(split_problems(files / "data", "train", 4), loading, processor, **SETTINGS)
     assert task.test.shown == [False, True] * 4
     assert "dots" not in task.test[1].prompt  # the image is there, so its caption is not
     assert "dots" in task.train.dataset.dataset[1].prompt

@@ -79,6 +79,7 @@ def make_task(
     problems: dict[str, list[Problem]],
     loading: dict[str, Any],
     processor: LavinProcessor,
+    *,
     prompt_format: str,
     steps: int,
     batch_size: int,
