@@ -30,7 +30,7 @@ from measure import (
 )
 from peft import PeftModel, get_peft_model
 from smollm2 import load_smollm2
-from task import reward_interval, search_share
+from task import plot_search, reward_interval, search_share
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -55,7 +55,6 @@ from vqa import (
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.card import record_speed
-from peft_eas.plots import plot_search_curve, plot_skip_map
 
 BASE = Path(__file__).parent / "base"
 
@@ -293,10 +292,8 @@ def main() -> None:
         "options": {key: str(value) for key, value in vars(arguments).items()},
     }
     (arguments.output_dir / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
-    if 0 < num_skip < num_mhas:  # else there was nothing to search
-        record = arguments.output_dir / "eas"
-        plot_skip_map(record, arguments.output_dir / "skip_map.png")
-        plot_search_curve(record, arguments.output_dir / "search_curve.png")
+    if 0 < num_skip < num_mhas:
+        plot_search(arguments.output_dir)
 
 
 if __name__ == "__main__":

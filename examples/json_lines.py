@@ -1,6 +1,7 @@
 """Files of JSON values, a line each, to which an interruption does no harm: a line that was cut off does not count."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def read_lines(path: Path) -> list[Any]:
 def append_line(path: Path, value: Any) -> None:
     """Adds a line in one write, so that processes which share the file do not mix theirs."""
     text = json.dumps(value) + "\n"
-    is_cut_off = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + text if is_cut_off else text)
+    with path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        is_cut_off = file.read() not in (b"", b"\n")
+        file.write(("\n" + text if is_cut_off else text).encode())

@@ -30,12 +30,11 @@ from lavin.scienceqa_task import load_lavin, make_task, new_tokens, split_proble
 from measure import cache_bytes_per_token, num_parameters, on_device, speed_up, time_models
 from peft import PeftModel, get_peft_model
 from stages import Stages
-from task import Task, reward_interval, search_share, tune
+from task import Task, plot_search, reward_interval, search_share, tune
 from torch import nn
 from transformers import AutoModelForImageTextToText, set_seed
 
 from peft_eas import EASCallback, EASConfig
-from peft_eas.plots import plot_search_curve, plot_skip_map
 
 # By how much a step takes longer than its passes, for the search's rewards and for saving.
 MARGIN = 1.1
@@ -262,9 +261,8 @@ def main() -> None:
     print(f"{data} {run.num_skip} of {run.num_mhas} attentions are to be skipped; {task.steps} steps.", flush=True)
     figures = run.all_stages()
     report = write_report(folder, figures, task, data, run.num_mhas)
-    if run.num_skip < run.num_mhas:  # else there was nothing to search
-        for draw, name in ((plot_skip_map, "skip_map.png"), (plot_search_curve, "search_curve.png")):
-            draw(folder / "eas", folder / name)
+    if run.num_skip < run.num_mhas:
+        plot_search(folder)
     print(f"\n{report}\nIt lies in {folder}.")
 
 

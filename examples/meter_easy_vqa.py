@@ -23,10 +23,9 @@ import torch
 from measure import markdown_table, num_parameters, on_device, size_on_disk, speed_up, time_models
 from meter.tasks import AUTO_CLASSES, TASKS, blind_score
 from peft import PeftModel, get_peft_model
-from task import Task, reward_interval, search_share, tune
+from task import Task, plot_search, reward_interval, search_share, tune
 
 from peft_eas import EASCallback, EASConfig
-from peft_eas.plots import plot_search_curve, plot_skip_map
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,9 +84,8 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         difference = (reloaded(**batch).logits - unmerged_logits).abs().max().item()
     base.to(device).save_pretrained(folder / "base")
     seconds = time_models({"base": base, "merged": reloaded}, batch, 3 if arguments.quick else 25)["prefill"]
-    if 0 < num_skip < num_mhas:  # else there was nothing to search
-        plot_skip_map(folder / "eas", folder / "skip_map.png")
-        plot_search_curve(folder / "eas", folder / "search_curve.png")
+    if 0 < num_skip < num_mhas:
+        plot_search(folder)
     return {
         "scores": scores,
         "skipped": skipped,

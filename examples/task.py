@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from peft_eas.plots import plot_search_curve, plot_skip_map
+
 
 @dataclass(frozen=True)
 class Task:
@@ -55,6 +57,12 @@ def search_share(text: str) -> float:
     if not 0 < share <= 0.5:
         raise ArgumentTypeError(f"{text} must be above 0 and at most 0.5, when the contexts are frozen")
     return share
+
+
+def plot_search(folder: Path) -> None:
+    """Draws the search of the adapter that is saved in `eas` of `folder`: `skip_map.png` and `search_curve.png`."""
+    plot_skip_map(folder / "eas", folder / "skip_map.png")
+    plot_search_curve(folder / "eas", folder / "search_curve.png")
 
 
 def tune(

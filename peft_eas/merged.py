@@ -330,8 +330,7 @@ def check_registered(model_class: type[PreTrainedModel]) -> None:
             "its own and register both classes: AutoConfig.register(...), and AutoModel.register(...) or that of its "
             "task."
         )
-    mappings = (getattr(getattr(modeling_auto, name), "_model_mapping", None) for name in modeling_auto.__all__)
-    if not any(mapping is not None and mapping.get(config_class, None) is model_class for mapping in mappings):
+    if not any(mapping.get(config_class, None) is model_class for _, _, mapping in _auto_mappings()):
         raise ValueError(
             f"No Auto class knows {model_class.__name__}, so that none could load it merged. Register it first: "
             f"AutoModel.register({config_class.__name__}, {model_class.__name__}), or that of its task."
@@ -360,12 +359,18 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
 def _auto_classes(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, type, type[PreTrainedModel]]]:
     """Yields (name of an Auto class, that class, the merged model class that it shall load for `config_class`)."""
     stock = _stock_of(config_class, MergedConfigMixin)
-    for name in modeling_auto.__all__:
-        auto_class = getattr(modeling_auto, name)
-        mapping = getattr(auto_class, "_model_mapping", None)
-        model_class = mapping[stock] if mapping is not None and stock in mapping else None
+    for name, auto_class, mapping in _auto_mappings():
+        model_class = mapping.get(stock, None)
         if getattr(model_class, "config_class", None) is stock:
             yield name, auto_class, merged_model_class(model_class)
+
+
+def _auto_mappings() -> Iterator[tuple[str, type, Any]]:
+    """Yields (name of an Auto class, that class, its mapping from config classes to model classes)."""
+    for name in modeling_auto.__all__:
+        auto_class = getattr(modeling_auto, name)
+        if (mapping := getattr(auto_class, "_model_mapping", None)) is not None:
+            yield name, auto_class, mapping
 
 
 def turn_into_merged(
@@ -419,8 +424,8 @@ def _stock_named(name: str) -> type | None:
     if name in globals():
         return globals()[name]
     registered = list(CONFIG_MAPPING._extra_content.values())
-    for auto in map(vars(modeling_auto).get, modeling_auto.__all__):
-        registered += getattr(getattr(auto, "_model_mapping", None), "_extra_content", {}).values()
+    for _, _, mapping in _auto_mappings():
+        registered += getattr(mapping, "_extra_content", {}).values()
     own = next((found for found in registered if getattr(found, "__name__", None) == name), None)
     return own or getattr(importlib.import_module("transformers"), name, None)
 

@@ -180,7 +180,7 @@ class EASSearch:
             if self.step >= self._schedule.search_end:
                 self._fix(self.bandit.best())
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
-        if self._is_freeze_due and self.eas.active_config.context == "prompt":
+        if self._is_freeze_due:
             self.eas.freeze_context()
 
     def finish(self) -> None:
@@ -244,7 +244,7 @@ class EASSearch:
             else:
                 self._fix(state["skipped_modules"])
         self.step, self._has_drawn = state["step"], False
-        if self._is_freeze_due and self.eas.active_config.context == "prompt":
+        if self._is_freeze_due:
             self.eas.active_config.context = "running"  # the running contexts come with the weights
 
     # --- the search ------------------------------------------------------------------------------------------------
@@ -299,7 +299,8 @@ class EASSearch:
 
     @property
     def _is_freeze_due(self) -> bool:
-        return self._schedule.freeze_step is not None and self._schedule.freeze_step <= self.step
+        freeze_step = self._schedule.freeze_step
+        return freeze_step is not None and freeze_step <= self.step and self.eas.active_config.context == "prompt"
 
     def _check_means(self) -> None:
         """Raises a ValueError where there is nothing to compute rewards from, or gradients cannot be reduced."""

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from conftest import LAYERS, VOCAB, build_model, difference, logits, make_inputs
 from json_lines import read_lines
 from task import Task, tune
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 NAMES = [f"model.layers.{i}" for i in range(LAYERS)]
 
@@ -173,11 +175,14 @@ def test_das_is_searched_by_the_bandit(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import compare
 
     monkeypatch.setattr(compare, "TASKS", {"copy": tiny_task})
-    return compare
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()  # its `main` sets them for its process
+    yield compare
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
 
 
 def run_grid(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> list[dict]:
