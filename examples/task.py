@@ -52,10 +52,10 @@ def reward_interval(steps: int) -> int:
 
 
 def search_share(text: str) -> float:
-    """The share of a run that its search takes, from a command line: it ends before `EASCallback` freezes contexts."""
+    """The share of a run after which its search ends, from a command line."""
     share = float(text)
-    if not 0 < share <= 0.5:
-        raise ArgumentTypeError(f"{text} must be above 0 and at most 0.5, when the contexts are frozen")
+    if not 0.1 < share < 1:
+        raise ArgumentTypeError(f"{text} must be above 0.1, when rewards begin, and below 1, to tune what is chosen")
     return share
 
 

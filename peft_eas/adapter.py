@@ -56,6 +56,14 @@ class GroupedUp(nn.Module):
         return f"{slice_size * self.groups}, {d}, groups={self.groups}"
 
 
+def annealed(context: torch.Tensor, mean: torch.Tensor, count: torch.Tensor, share: float) -> torch.Tensor:
+    """Contexts, (B, d), in which the running mean of `count` contexts, (d,), takes `share` of each prompt's place.
+
+    Where `count` is zero, the mean is not known yet and takes none.
+    """
+    return torch.lerp(context, mean.to(context), (share * (count > 0)).to(context))
+
+
 def _block_diagonal(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """Weights of shape (…, d, r / groups) as the block-diagonal matrices, (…, d, r), that they stand for."""
     blocks = weight.unflatten(-2, (groups, -1))

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from .bandit import Reward
 from .reward import RewardSet, choose_reward_set, hold_back
-from .schedule import SETTINGS, check_settings
+from .schedule import SETTINGS, FreezeAt, check_settings
 from .search import EASSearch
 from .skippable import eas_of, needs_search
 from .trainer import (
@@ -66,7 +66,7 @@ class EASCallback(TrainerCallback, ExportableState):
         score_lr: float = 2.0,
         score_temperature: float = 10.0,
         reward_dataset: Any = None,
-        freeze_context_at: int | float | None = 0.5,
+        freeze_context_at: FreezeAt = "search_end",
         seed: int | None = None,
     ) -> None:
         self.reward: Reward = reward

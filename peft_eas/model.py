@@ -242,6 +242,20 @@ class EASModel(MergingTuner):
             )
         config.context = "running"
 
+    def anneal_context(self, share: float) -> None:
+        """Gives the running mean `share`, from 0.0 to 1.0, of the prompt's place in all contexts until the next call.
+
+        It lets training move from each prompt's context to the one that `freeze_context` leaves. The share is no part
+        of a checkpoint. Where the context is not the prompt, it changes nothing.
+
+        Raises:
+            ValueError: for a share out of range.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"anneal_context({share!r}): the share of the running mean must be from 0.0 to 1.0.")
+        for candidate in self._candidates.values():
+            candidate.running_share = share
+
     @torch.no_grad()
     def sync_context(self) -> None:
         """Makes the running contexts equal on all ranks, to their mean. Call once per optimizer step while training.

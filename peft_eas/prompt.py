@@ -33,13 +33,14 @@ class Prompt:
             when it is first needed, for a pass that goes on behind a KV cache needs none.
         is_given: whether it is the user's, and not only what the model's inputs tell.
 
-    `recorded` names the adapters whose statistic has seen this pass, which gradient checkpointing computes twice.
+    `running` holds, by id, the adapters whose running context has seen this pass, and what it was of how many contexts
+    before: gradient checkpointing computes a pass twice.
     """
 
     def __init__(self, mask: torch.Tensor | Callable[[], torch.Tensor | None] | None, is_given: bool = False) -> None:
         self._mask = mask
         self.is_given = is_given
-        self.recorded: set[int] = set()
+        self.running: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def mask(self) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
 """When a search begins, ends and freezes the context: its settings, and the steps that they mean in a run."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .bandit import check_search_values
 from .values import is_int
@@ -18,6 +18,10 @@ SETTINGS = (
 )
 
 
+# Optimizer steps, a fraction of the run, the step at which the search ends, or never.
+FreezeAt = int | float | Literal["search_end"] | None
+
+
 class Schedule(NamedTuple):
     """The optimizer steps at which rewards begin, the search ends, and the context is frozen (None: never)."""
 
@@ -28,8 +32,15 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, settings: dict[str, Any], num_steps: int) -> "Schedule":
         """The schedule of a run of `num_steps`, of which a float among the settings is a fraction."""
-        times = (settings[name] for name in ("warmup_steps", "search_steps", "freeze_context_at"))
+        freeze_at = settings["search_steps" if settings["freeze_context_at"] == "search_end" else "freeze_context_at"]
+        times = (settings["warmup_steps"], settings["search_steps"], freeze_at)
         return cls(*(round(time * num_steps) if isinstance(time, float) else time for time in times))
+
+    def running_share(self, step: int) -> float:
+        """How much of the context is the running mean when `step` steps are done: from the warm-up on ever more."""
+        if self.freeze_step is None or step <= self.warmup_end:
+            return 0.0
+        return min(1.0, (step - self.warmup_end) / max(1, self.freeze_step - self.warmup_end))
 
     def check(self, settings: dict[str, Any], num_steps: int) -> None:
         """Raises a ValueError where a search has no room for a round of rewards, or goes on beyond the freeze."""
@@ -63,19 +74,19 @@ def check_settings(
     check_search_values(score_temperature, score_lr, reward)
     _check_steps(caller, "search_steps", search_steps)
     _check_steps(caller, "warmup_steps", warmup_steps)
-    if freeze_context_at is not None:
-        _check_steps(caller, "freeze_context_at", freeze_context_at)
+    if freeze_context_at not in (None, "search_end"):
+        _check_steps(caller, "freeze_context_at", freeze_context_at, others=', or "search_end", or None')
     for name, value, least in (("interval", interval, 1), ("num_candidates", num_candidates, 2)):
         if not is_int(value, least):
             raise ValueError(f"{caller}({name}={value!r}): {name} must be an integer of at least {least}.")
 
 
-def _check_steps(caller: str, name: str, value: Any) -> None:
+def _check_steps(caller: str, name: str, value: Any, others: str = "") -> None:
     least = 0 if name == "warmup_steps" else 1
     is_steps = is_int(value, least)
     is_fraction = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0)
     if not (is_steps or is_fraction):
         raise ValueError(
             f"{caller}({name}={value!r}): {name} must be an integer of at least {least} (optimizer steps) or a "
-            f"float {'from 0.0' if least == 0 else 'above 0.0'} to 1.0 (fraction of the run)."
+            f"float {'from 0.0' if least == 0 else 'above 0.0'} to 1.0 (fraction of the run){others}."
         )

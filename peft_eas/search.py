@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .bandit import AttentionBandit, Reward
-from .schedule import SETTINGS, Schedule, check_settings
+from .schedule import SETTINGS, FreezeAt, Schedule, check_settings
 from .skippable import eas_of, needs_search
 from .values import python_number
 
@@ -20,15 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class EASSearch:
-    """Finds the MHAs to skip while a model trains, skips them for good, and freezes the context for the last part.
+    """Finds the MHAs to skip while a model trains, skips them for good, and freezes the context.
 
-    Source: arXiv 2403.15226, section 3; see `AttentionBandit` for the search itself. A run goes through four phases:
+    Source: arXiv 2403.15226, section 3; see `AttentionBandit` for the search itself. A run goes through the phases:
 
     - "warm-up": each optimizer step trains with `num_skip` MHAs drawn at random skipped.
     - "search": the same, drawn from p; every `interval` steps, `num_candidates` sets are compared on a held-out batch.
-    - "tune": the best set is skipped for good.
+    - "tune": the best set is skipped for good; left out where the context is frozen at once.
     - "frozen": the same, with context="running", so that what is trained is exactly what a merge folds. With
       context="none" there is nothing to freeze, and the run ends in "tune".
+
+    Between the warm-up and the freeze the context is annealed: in training and rewards, the running mean takes ever
+    more of each prompt's place. So the last rewards compare what a merge will leave. Sets that are chosen by contexts
+    which then are frozen all at once may be useless without them: attentions between two modalities, for one.
 
     Call `before_step()` before the forward pass and `after_step()` after the optimizer's step:
 
@@ -40,9 +44,9 @@ class EASSearch:
             optimizer.zero_grad()
             search.after_step()
 
-    Between the two the model skips the set that was drawn; at all other times, so in evaluations and checkpoints, the
-    best set so far. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search
-    and only the context is frozen.
+    Between the two the model skips the set that was drawn, with annealed contexts; at all other times, so in
+    evaluations and checkpoints, the best set so far, with those of `EASConfig(context=...)`. Where `EASConfig` gives
+    `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search and only the context is frozen.
 
     The optimizer is given all parameters from the start: those of adapters that are dropped at the end of the search
     get no gradient from then on.
@@ -73,8 +77,8 @@ class EASSearch:
         num_candidates: sets compared per round.
         score_lr: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
         score_temperature: temperature κ of the scores.
-        freeze_context_at: when the context is frozen; None for never. Early enough that the learning rate, which falls
-            towards the end of most runs, still lets the adapters get used to it.
+        freeze_context_at: when the context is frozen: when the search ends, at a later step, or never (None), for a
+            merge that keeps each prompt's own.
         seed: of all that the search draws.
 
     Attributes:
@@ -101,7 +105,7 @@ class EASSearch:
         num_candidates: int = 3,
         score_lr: float = 2.0,
         score_temperature: float = 10.0,
-        freeze_context_at: int | float | None = 0.5,
+        freeze_context_at: FreezeAt = "search_end",
         seed: int = 0,
     ) -> None:
         given = locals()
@@ -162,6 +166,7 @@ class EASSearch:
     def before_step(self) -> None:
         """Draws the skip set to train with. Within one optimizer step only the first call does, so that it may be
         called before every micro-batch."""
+        self._anneal_context(self._schedule.running_share(self.step))
         if self.is_searching and not self._has_drawn:
             self.eas.set_skipped_modules(self.bandit.sample())
             self._has_drawn = True
@@ -175,11 +180,13 @@ class EASSearch:
         if self.is_searching:
             rewarded_steps = self.step - self._schedule.warmup_end
             if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
+                self._anneal_context(self._schedule.running_share(self.step))
                 self._compare()
             self.eas.set_skipped_modules(self.bandit.best())
             if self.step >= self._schedule.search_end:
                 self._fix(self.bandit.best())
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
+        self._anneal_context(0.0)
         if self._is_freeze_due:
             self.eas.freeze_context()
 
@@ -296,6 +303,10 @@ class EASSearch:
         self._skipped_modules = self.eas.skipped_modules
         # In the adapter's config, its model card finds them.
         self.eas.active_config.scores = self._scores
+
+    def _anneal_context(self, share: float) -> None:
+        if self._schedule.freeze_step is not None and self.eas.active_config.context == "prompt":
+            self.eas.anneal_context(share)
 
     @property
     def _is_freeze_due(self) -> bool:

@@ -40,6 +40,12 @@ class Skippable(Protocol):
     def fix_skipped_modules(self, names: Sequence[str]) -> None:
         """The same for good: writes them into the config; parameters that are of no use any longer may be dropped."""
 
+    def anneal_context(self, share: float) -> None:
+        """Called in each step if `context` is "prompt", and with 0.0 behind it.
+
+        Contexts are those of prompts but for `share`, which the one that will be left by `freeze_context` has.
+        """
+
     def freeze_context(self) -> None:
         """Called once in a run if `context` is "prompt"; turns it to "running"."""
 

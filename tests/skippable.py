@@ -26,6 +26,7 @@ class Blocks(nn.Module):
         self.candidates = list(self.blocks)
         self.skipped_modules: list[str] = []
         self.calls: list[str] = []
+        self.shares: list[float] = []
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         for name, block in self.blocks.items():
@@ -43,6 +44,9 @@ class Blocks(nn.Module):
         for name in self.skipped_modules:
             if name in self.blocks:
                 del self.blocks[name]
+
+    def anneal_context(self, share: float) -> None:
+        self.shares.append(share)
 
     def freeze_context(self) -> None:
         self.calls.append("freeze")

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from transformers.models.gemma2 import modeling_gemma2
 
 from peft_eas import EASConfig, Skippable
+from peft_eas.adapter import RoutedAdapter
 
 # Per family and layer: the norm that only feeds the MHA, the projections of the MHA, and the FFN.
 PARTS = {
@@ -563,6 +564,64 @@ def test_freeze_context_again_changes_nothing(device):
         warnings.simplefilter("error")
         model.freeze_context()
     assert torch.equal(logits(model, make_inputs("llama", device)), expected)
+
+
+def contexts_of(model, inputs) -> list[torch.Tensor]:
+    """The contexts that the model's adapters are given for `inputs`."""
+    seen = []
+    adapters = [module for module in model.modules() if isinstance(module, RoutedAdapter)]
+    handles = [one.register_forward_pre_hook(lambda module, args: seen.append(args[1])) for one in adapters]
+    logits(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_annealing_leads_from_the_prompts_contexts_to_the_running_one(family, device):
+    model = make_eas(family, device, [0, 2])
+    inputs = make_inputs(family, device)
+    by_prompt, expected = contexts_of(model, inputs)[0], logits(model, inputs)
+    model.anneal_context(1.0)
+    running, annealed_to_the_end = contexts_of(model, inputs)[0], logits(model, inputs)
+    model.anneal_context(0.25)
+    torch.testing.assert_close(contexts_of(model, inputs)[0], 0.75 * by_prompt + 0.25 * running)
+    model.anneal_context(0.0)
+    assert torch.equal(logits(model, inputs), expected)
+    model.freeze_context()
+    assert difference(annealed_to_the_end, logits(model, inputs)) < 1e-5
+    assert difference(annealed_to_the_end, expected) > 1e-4
+
+
+def test_a_running_context_that_is_not_known_yet_takes_no_share(device):
+    model = make_eas("llama", device, [0, 2], warm=False)
+    inputs = make_inputs("llama", device)
+    expected = logits(model, inputs)
+    model.anneal_context(0.9)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_anneals_alike(reentrant, device):
+    """In both passes by the running contexts of before, though the first one moves them."""
+    results = []
+    for checkpointing in (False, True):
+        model = make_eas("llama", device, [0, 2]).train()
+        model.anneal_context(0.5)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**with_labels(make_inputs("llama", device))).loss.backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(share, device):
+    with pytest.raises(ValueError, match=r"anneal_context\(.*from 0\.0 to 1\.0"):
+        make_eas("llama", device, [0, 2]).anneal_context(share)
 
 
 def test_the_running_context_stays_float32_in_a_half_precision_model(device):

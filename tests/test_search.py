@@ -203,6 +203,34 @@ def test_micro_batches_of_a_step_share_its_set() -> None:
     assert run.search.step == STEPS // 2
 
 
+def test_the_running_context_takes_ever_more_of_the_prompts_place() -> None:
+    """In training from the warm-up's end (4) to the freeze (16), in rewards as far as that is; nowhere else."""
+    run = Run()
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    candidate = next(iter(run.model.base_model._candidates.values()))
+    run.model.register_forward_pre_hook(lambda module, args: shares[module.training].append(candidate.running_share))
+    between = []
+    for batch in TRAINING:
+        run.train([batch])
+        between.append(candidate.running_share)
+    assert shares[True] == pytest.approx([0.0] * 5 + [step / 12 for step in range(1, 12)] + [0.0] * 4)
+    assert shares[False] == pytest.approx([share for share in (2 / 12, 4 / 12, 6 / 12, 8 / 12) for _ in range(3)])
+    assert between == [0.0] * STEPS
+    never = Run(freeze_context_at=None)
+    candidate = next(iter(never.model.base_model._candidates.values()))
+    never.search.step = 10
+    never.search.before_step()
+    assert candidate.running_share == 0.0
+
+
+def test_the_context_is_frozen_when_the_search_ends() -> None:
+    settings = {**SCHEDULE, "freeze_context_at": "search_end"}
+    run = Run(**settings).train(TRAINING[:11])
+    assert run.search.phase == "search"
+    run.train(TRAINING[11:12])
+    assert run.search.phase == "frozen"
+
+
 def test_rewards_leave_everything_as_it_was() -> None:
     seen = []
 
@@ -261,7 +289,7 @@ def test_without_a_choice_only_the_context_is_frozen(options, skipped) -> None:
     model = make_model(**options)
     search = EASSearch(model, 4)
     for batch in TRAINING[:4]:
-        assert search.phase == ("tune" if search.step < 2 else "frozen")
+        assert search.phase == ("tune" if search.step < 1 else "frozen")
         search.before_step()
         model.train()(**batch)
         search.after_step()
@@ -329,7 +357,7 @@ def test_a_search_may_go_on_where_nothing_is_to_be_frozen() -> None:
     settings = {"search_steps": 0.9, "warmup_steps": 0.1, "interval": 1}
     assert EASSearch(make_model(context="none"), STEPS, lambda batch: 0.0, **settings).phase == "warm-up"
     with pytest.raises(ValueError, match="Freeze later"):
-        EASSearch(make_model(), STEPS, lambda batch: 0.0, **settings)
+        EASSearch(make_model(), STEPS, lambda batch: 0.0, freeze_context_at=0.5, **settings)
 
 
 def test_more_than_all_candidates_is_refused() -> None:
@@ -435,6 +463,8 @@ def test_it_finds_the_blocks_that_another_model_can_do_without(wrapper) -> None:
     assert list(blocks.blocks) == ["0", "2", "4"]
     assert blocks.calls.count("sync") == 30
     assert blocks.calls.index("freeze") == 27
+    assert max(blocks.shares) == pytest.approx(26 / 27)
+    assert blocks.shares[-1] == 0.0
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in model.parameters()}
     assert not any(parameter in optimizer.state for parameter in dropped)

@@ -131,6 +131,10 @@ class LayerSkipping(nn.Module):
             else:
                 del self.stand_ins[name.replace(".", "/")]
 
+    def anneal_context(self, share: float) -> None:
+        """Anneals the context of the kept layers' adapters."""
+        self.eas.anneal_context(share)
+
     def freeze_context(self) -> None:
         """Freezes the context of the kept layers' adapters."""
         self.eas.freeze_context()
