@@ -56,14 +56,6 @@ class GroupedUp(nn.Module):
         return f"{slice_size * self.groups}, {d}, groups={self.groups}"
 
 
-def annealed(context: torch.Tensor, mean: torch.Tensor, count: torch.Tensor, share: float) -> torch.Tensor:
-    """Contexts, (B, d), in which the running mean of `count` contexts, (d,), takes `share` of each prompt's place.
-
-    Where `count` is zero, the mean is not known yet and takes none.
-    """
-    return torch.lerp(context, mean.to(context), (share * (count > 0)).to(context))
-
-
 def _block_diagonal(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """Weights of shape (…, d, r / groups) as the block-diagonal matrices, (…, d, r), that they stand for."""
     blocks = weight.unflatten(-2, (groups, -1))
@@ -126,6 +118,7 @@ class RoutedAdapter(nn.Module):
         # Statistics in the manner of BatchNorm: the context that takes the prompt's place once it is frozen.
         self.register_buffer("running_context", torch.zeros(d) if self.needs_context else None)
         self.register_buffer("num_contexts", torch.zeros((), dtype=torch.long) if self.needs_context else None)
+        self._annealed_to: tuple[torch.Tensor, torch.Tensor] | None = None
         self.reset_parameters(init_weights)
 
     @property
@@ -195,6 +188,21 @@ class RoutedAdapter(nn.Module):
         self.num_contexts += 1
         weight = (1.0 / self.num_contexts).clamp_min(momentum)
         self.running_context.lerp_(context.mean(0).to(self.running_context), weight.to(self.running_context))
+
+    def anneal(self, share: float) -> None:
+        """Lets the running mean, as it is now, take `share` of the prompt's place in `annealed` until the next call.
+
+        A mean that is not known yet takes none. That it stays as it was keeps passes equal: those that gradient
+        checkpointing computes twice, and micro-batches on several ranks.
+        """
+        self._annealed_to = (self.running_context.clone(), share * (self.num_contexts > 0)) if share > 0 else None
+
+    def annealed(self, context: torch.Tensor) -> torch.Tensor:
+        """The contexts, (B, d), that are to be taken in the place of the prompts' ones; see `anneal`."""
+        if self._annealed_to is None:
+            return context
+        mean, share = self._annealed_to
+        return torch.lerp(context, mean.to(context), share.to(context))
 
     def _expand(self, z: torch.Tensor, bottleneck: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """z + s (Σ_e g_e U_e) dropout(bottleneck), for z of shape (B, T, d) and a bottleneck of shape (B, T, r)."""

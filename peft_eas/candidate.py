@@ -17,7 +17,6 @@ class Candidate:
         current: returns the prompt of the forward pass that is under way.
         configs: by adapter name, the configs of the adapters that have this MHA as a target.
         skipped_by: names of the adapters that skip it. kept_by: of those that never skip it.
-        running_share: how much of the context is the running mean, while it gradually takes the prompt's place.
         call: the MHA's call, left for the FFN of the same forward pass, which is given less.
     """
 
@@ -37,7 +36,6 @@ class Candidate:
         self.configs: dict[str, EASConfig] = {}
         self.skipped_by: set[str] = set()
         self.kept_by: set[str] = set()
-        self.running_share = 0.0
         self.call: ByThread[Call] = ByThread()
 
     @property

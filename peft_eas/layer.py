@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter, annealed
+from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
 from .architectures import at_path
 from .candidate import Candidate
 from .config import EASConfig
@@ -246,13 +246,10 @@ class AdaptedLayer(EASLayer):
                 "(some models' are given no more than they need), leave that off, or use context='running'."
             )
         context = call.context(z, candidate.context_tokens)
-        running = adapter.running_context, adapter.num_contexts
-        if self.training and call.prompt is not None:
-            if id(adapter) not in call.prompt.running:
-                call.prompt.running[id(adapter)] = tuple(value.clone() for value in running)
-                adapter.record(context.detach())
-            running = call.prompt.running[id(adapter)]
-        return annealed(context, *running, candidate.running_share) if candidate.running_share else context
+        if self.training and call.prompt is not None and id(adapter) not in call.prompt.recorded:
+            adapter.record(context.detach())
+            call.prompt.recorded.add(id(adapter))
+        return adapter.annealed(context)
 
     def _keep_context(self, context: torch.Tensor | None, call: Call) -> None:
         name = self.adapter_in_force

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .adapter import RoutedAdapter
 from .architectures import join, rows_of
 from .candidate import Candidate
 from .checks import (
@@ -36,7 +37,7 @@ class EASModel(MergingTuner):
     """A model with EAS adapters (arXiv 2403.15226). Made by `get_peft_model(model, EASConfig(...))`.
 
     Beside PEFT's own methods: `active_config`, `candidates`, `skipped_modules`, `set_skipped_modules`,
-    `fix_skipped_modules`, `freeze_context`, `sync_context`. One adapter is active at a time.
+    `fix_skipped_modules`, `anneal_context`, `freeze_context`, `sync_context`. One adapter is active at a time.
 
     Raises:
         ValueError: for a config that does not fit the model; the model is left as it was.
@@ -243,18 +244,18 @@ class EASModel(MergingTuner):
         config.context = "running"
 
     def anneal_context(self, share: float) -> None:
-        """Gives the running mean `share`, from 0.0 to 1.0, of the prompt's place in all contexts until the next call.
+        """Gives the running mean, as it is now, `share` of the prompt's place in all contexts until the next call.
 
-        It lets training move from each prompt's context to the one that `freeze_context` leaves. The share is no part
-        of a checkpoint. Where the context is not the prompt, it changes nothing.
+        So training gets from each prompt's context (0.0) to the one that `freeze_context` leaves (1.0). It is no part
+        of a checkpoint, and concerns the active adapter, if its context is the prompt.
 
         Raises:
             ValueError: for a share out of range.
         """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"anneal_context({share!r}): the share of the running mean must be from 0.0 to 1.0.")
-        for candidate in self._candidates.values():
-            candidate.running_share = share
+        for adapter in self._contextual_adapters():
+            adapter.anneal(share)
 
     @torch.no_grad()
     def sync_context(self) -> None:
@@ -264,12 +265,7 @@ class EASModel(MergingTuner):
         """
         if self.active_config.context != "prompt" or not torch.distributed.is_initialized():
             return
-        adapters = [
-            layer.adapters[self._active_name]
-            for layer in self._adapted_layers()
-            if self._active_name in layer.adapters
-        ]
-        buffers = [adapter.running_context for adapter in adapters if adapter.needs_context]
+        buffers = [adapter.running_context for adapter in self._contextual_adapters()]
         if not buffers:
             return
         flat = torch.cat(buffers)
@@ -277,6 +273,12 @@ class EASModel(MergingTuner):
         flat /= torch.distributed.get_world_size()
         for buffer, mean in zip(buffers, flat.split([len(buffer) for buffer in buffers])):
             buffer.copy_(mean)
+
+    def _contextual_adapters(self) -> list[RoutedAdapter]:
+        """What depends on a context in the active adapter, whether it is of use with the present skip set or not."""
+        held = [layer.adapters for layer in self._adapted_layers()]
+        adapters = [adapters[self._active_name] for adapters in held if self._active_name in adapters]
+        return [adapter for adapter in adapters if adapter.needs_context]
 
     # --- skip set --------------------------------------------------------------------------------------------------
 

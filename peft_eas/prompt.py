@@ -33,14 +33,13 @@ class Prompt:
             when it is first needed, for a pass that goes on behind a KV cache needs none.
         is_given: whether it is the user's, and not only what the model's inputs tell.
 
-    `running` holds, by id, the adapters whose running context has seen this pass, and what it was of how many contexts
-    before: gradient checkpointing computes a pass twice.
+    `recorded` names the adapters whose statistic has seen this pass, which gradient checkpointing computes twice.
     """
 
     def __init__(self, mask: torch.Tensor | Callable[[], torch.Tensor | None] | None, is_given: bool = False) -> None:
         self._mask = mask
         self.is_given = is_given
-        self.running: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.recorded: set[int] = set()
 
     @property
     def mask(self) -> torch.Tensor | None:

@@ -122,7 +122,7 @@ class EASSearch:
         self.seed = seed
         self.step = 0
         self.bandit: AttentionBandit | None = None
-        self._has_drawn = False
+        self._has_begun = False
         config = self.eas.active_config
         if (config.num_skip or 0) > len(self.eas.candidates):
             raise ValueError(
@@ -164,18 +164,20 @@ class EASSearch:
         return "frozen" if self.eas.active_config.context == "running" else "tune"
 
     def before_step(self) -> None:
-        """Draws the skip set to train with. Within one optimizer step only the first call does, so that it may be
-        called before every micro-batch."""
+        """Draws the skip set to train with, and anneals the context. Within one optimizer step only the first call
+        does, so that it may be called before every micro-batch."""
+        if self._has_begun:
+            return
+        self._has_begun = True
         self._anneal_context(self._schedule.running_share(self.step))
-        if self.is_searching and not self._has_drawn:
+        if self.is_searching:
             self.eas.set_skipped_modules(self.bandit.sample())
-            self._has_drawn = True
 
     def after_step(self) -> None:
         """Makes the ranks' contexts equal, computes rewards, ends the search, freezes the context: each when its time
         has come. Call once per optimizer step."""
         self.step += 1
-        self._has_drawn = False
+        self._has_begun = False
         self.eas.sync_context()
         if self.is_searching:
             rewarded_steps = self.step - self._schedule.warmup_end
@@ -250,7 +252,7 @@ class EASSearch:
                 self.eas.set_skipped_modules(bandit.best())
             else:
                 self._fix(state["skipped_modules"])
-        self.step, self._has_drawn = state["step"], False
+        self.step, self._has_begun = state["step"], False
         if self._is_freeze_due:
             self.eas.active_config.context = "running"  # the running contexts come with the weights
 

@@ -206,21 +206,23 @@ def test_micro_batches_of_a_step_share_its_set() -> None:
 def test_the_running_context_takes_ever_more_of_the_prompts_place() -> None:
     """In training from the warm-up's end (4) to the freeze (16), in rewards as far as that is; nowhere else."""
     run = Run()
-    shares: dict[bool, list[float]] = {True: [], False: []}
-    candidate = next(iter(run.model.base_model._candidates.values()))
-    run.model.register_forward_pre_hook(lambda module, args: shares[module.training].append(candidate.running_share))
-    between = []
+    eas, shares, between, calls = run.model.base_model, {True: [], False: []}, [], [0.0]
+    anneal = eas.anneal_context
+    eas.anneal_context = lambda share: anneal(share) or calls.append(share)
+    run.model.register_forward_pre_hook(lambda module, args: shares[module.training].append(calls[-1]))
     for batch in TRAINING:
         run.train([batch])
-        between.append(candidate.running_share)
+        between.append(calls[-1])
     assert shares[True] == pytest.approx([0.0] * 5 + [step / 12 for step in range(1, 12)] + [0.0] * 4)
     assert shares[False] == pytest.approx([share for share in (2 / 12, 4 / 12, 6 / 12, 8 / 12) for _ in range(3)])
     assert between == [0.0] * STEPS
-    never = Run(freeze_context_at=None)
-    candidate = next(iter(never.model.base_model._candidates.values()))
-    never.search.step = 10
-    never.search.before_step()
-    assert candidate.running_share == 0.0
+
+
+def test_without_a_freeze_the_context_stays_the_prompt() -> None:
+    run = Run(freeze_context_at=None)
+    run.model.base_model.anneal_context = None  # which nobody calls
+    assert run.train().search.phase == "tune"
+    assert run.model.peft_config["default"].context == "prompt"
 
 
 def test_the_context_is_frozen_when_the_search_ends() -> None:

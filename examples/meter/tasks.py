@@ -373,7 +373,7 @@ def meter_retrieval() -> Task:
         "rank_output",
         load_base=partial(load_base, MeterForImageTextRetrieval),
         score=score_retrieval,
-        steps=400,
+        steps=600,
         batch_size=8,
         learning_rate=3e-3,
     )
