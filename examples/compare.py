@@ -27,7 +27,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from baselines.methods import METHODS, SKIPS_NOTHING
+from baselines.methods import METHODS, SKIPS_NOTHING, search_of
 from compare_report import headline, write_report
 from json_lines import append_line, read_lines
 from lavin.easy_vqa import lavin_easy_vqa
@@ -97,7 +97,8 @@ def count_mhas(task: Task) -> int:
 
 def settings_of(task: Task) -> dict[str, Any]:
     """What else a run depends on, as values for JSON."""
-    return {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "eas": task.eas}
+    search = search_of(task).state()["args"]
+    return {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "eas": task.eas, "search": search}
 
 
 def run(task: Task, num_mhas: int, method: str, share: float, seed: int, rounds: int) -> dict[str, Any]:

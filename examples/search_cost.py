@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> tuple[list[float], list[float]]:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        callback = TakingTurns(search_steps=steps, warmup_steps=0, freeze_context_at=None)
+        callback = TakingTurns(search_steps=steps, warmup_steps=0)
         Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]).train()
     plain, search = callback.seconds[4::2], callback.seconds[5::2]
     return [time / defaults.interval for time in plain], [time / defaults.interval for time in search]

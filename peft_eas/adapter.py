@@ -84,6 +84,7 @@ class RoutedAdapter(nn.Module):
     """
 
     has_context_path: ClassVar[bool] = False
+    _annealed_to: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -118,7 +119,6 @@ class RoutedAdapter(nn.Module):
         # Statistics in the manner of BatchNorm: the context that takes the prompt's place once it is frozen.
         self.register_buffer("running_context", torch.zeros(d) if self.needs_context else None)
         self.register_buffer("num_contexts", torch.zeros((), dtype=torch.long) if self.needs_context else None)
-        self._annealed_to: tuple[torch.Tensor, torch.Tensor] | None = None
         self.reset_parameters(init_weights)
 
     @property

@@ -34,11 +34,12 @@ SEARCH_FILE = "eas_search.json"
 class EASCallback(TrainerCallback, ExportableState):
     """Runs the search, `EASSearch`, while Trainer trains.
 
-    A run goes through the phases "warm-up", "search", "tune" and "frozen" that `EASSearch` tells of. Evaluation and
-    checkpoints during the search see the best set so far, never one that was drawn. A checkpoint holds the state of
-    the search: `trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted, on a model made
-    by `get_peft_model` as for the first run. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0, there is
-    nothing to search and only the context is frozen. Any other `Skippable` model is searched in the same way.
+    A run goes through the phases "warm-up", "search" and "frozen" that `EASSearch` tells of, with "tune" before the
+    last if that comes later or never. Evaluation and checkpoints during the search see the best set so far, never one
+    that was drawn, and each prompt's own context, never an annealed one. A checkpoint holds the state of the search:
+    `trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted, on a model made by
+    `get_peft_model` as for the first run. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0, there is
+    nothing to search, and the context is annealed and frozen. Any other `Skippable` model is searched in the same way.
 
     Trainer's log gets `EASSearch.figures()`: `eas/entropy`, `eas/loss`, `eas/reward` and `eas/best` until the search
     is over, `eas/phase` always; the last two are text and go to `state.log_history` alone, as report tools take
@@ -183,9 +184,10 @@ class EASCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Ends a search that training did not reach the end of."""
-        if self._search.is_searching:
-            self._search.finish()
+        """Ends what training did not reach the end of: a step, the search."""
+        was_searching = self._search.is_searching
+        self._search.finish()
+        if was_searching:
             forget_best_checkpoint(state)
             self._write_record(args, state)
 

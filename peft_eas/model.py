@@ -227,8 +227,8 @@ class EASModel(MergingTuner):
     def freeze_context(self) -> None:
         """Switches the active adapter to context="running" for good: what is trained from here on is folded as it is.
 
-        Warns where no prompt was seen yet, so that the running mean is zero. Where the context is not the prompt,
-        there is nothing to do.
+        Warns where an adapter has seen no prompt yet, so that its running mean is zero. Where the context is not the
+        prompt, there is nothing to do.
         """
         config = self.active_config
         if config.context != "prompt":
@@ -237,8 +237,9 @@ class EASModel(MergingTuner):
         adapters = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]
         if any(int(adapter.num_contexts) == 0 for adapter in adapters if adapter.needs_context):
             warnings.warn(
-                "freeze_context() before any training step: the running mean of the prompts is still zero for at "
-                "least one MHA. Train with context='prompt' first, so that it is known.",
+                "freeze_context() for at least one adapter that was of use in no training step so far: its running "
+                "mean of the prompts stays zero. Train with context='prompt' first, so that it is known; or train on, "
+                "for which zero serves as well.",
                 stacklevel=2,
             )
         config.context = "running"

@@ -37,24 +37,35 @@ class Schedule(NamedTuple):
         return cls(*(round(time * num_steps) if isinstance(time, float) else time for time in times))
 
     def running_share(self, step: int) -> float:
-        """How much of the context is the running mean when `step` steps are done: from the warm-up on ever more."""
-        if self.freeze_step is None or step <= self.warmup_end:
-            return 0.0
-        return min(1.0, (step - self.warmup_end) / max(1, self.freeze_step - self.warmup_end))
+        """How much of the context is the running mean when `step` steps are done.
 
-    def check(self, settings: dict[str, Any], num_steps: int) -> None:
-        """Raises a ValueError where a search has no room for a round of rewards, or goes on beyond the freeze."""
+        It grows from the warm-up's end to the freeze; from the start, where the freeze is no later than that.
+        """
+        if self.freeze_step is None:
+            return 0.0
+        start = self.warmup_end if self.warmup_end < self.freeze_step else 0
+        return min(1.0, max(0, step - start) / max(1, self.freeze_step - start))
+
+    def check(self, settings: dict[str, Any], num_steps: int, has_search: bool) -> None:
+        """Raises a ValueError where the freeze is beyond the run, or a search has no room for rewards or goes on
+        beyond the freeze."""
         interval, search_steps = settings["interval"], settings["search_steps"]
-        if not self.warmup_end + interval <= self.search_end <= num_steps:
+        if has_search and not self.warmup_end + interval <= self.search_end <= num_steps:
             raise ValueError(
                 f"A search that ends at step {self.search_end} (search_steps={search_steps}) with rewards every "
                 f"{interval} steps (interval) from step {self.warmup_end} on (warmup_steps="
                 f"{settings['warmup_steps']}) does not fit into a run of {num_steps} steps, or has no rewards. Lower "
                 "interval or warmup_steps, change search_steps, or train for longer."
             )
-        if self.freeze_step is not None and self.freeze_step < self.search_end:
+        freeze_at = f"freeze_context_at={settings['freeze_context_at']!r}"
+        if self.freeze_step is not None and self.freeze_step > num_steps:
             raise ValueError(
-                f"freeze_context_at={settings['freeze_context_at']} is step {self.freeze_step}, before the search is "
+                f"{freeze_at} is step {self.freeze_step} (search_steps={search_steps}), beyond a run of {num_steps} "
+                "steps. Freeze earlier, or never (None)."
+            )
+        if has_search and self.freeze_step is not None and self.freeze_step < self.search_end:
+            raise ValueError(
+                f"{freeze_at} is step {self.freeze_step}, before the search is "
                 f"over at step {self.search_end} (search_steps={search_steps}). Freeze later, or search for less."
             )
 

@@ -31,8 +31,9 @@ class EASSearch:
       context="none" there is nothing to freeze, and the run ends in "tune".
 
     Between the warm-up and the freeze the context is annealed: in training and rewards, the running mean takes ever
-    more of each prompt's place. So the last rewards compare what a merge will leave. Sets that are chosen by contexts
-    which then are frozen all at once may be useless without them: attentions between two modalities, for one.
+    more of each prompt's place. Where the freeze is when the search ends, the last rewards compare what a merge
+    leaves. A set that is chosen by each prompt's own context, which then is frozen at once, can turn out useless, as
+    where attentions between two modalities are skipped because the context tells of the other one.
 
     Call `before_step()` before the forward pass and `after_step()` after the optimizer's step:
 
@@ -46,7 +47,7 @@ class EASSearch:
 
     Between the two the model skips the set that was drawn, with annealed contexts; at all other times, so in
     evaluations and checkpoints, the best set so far, with those of `EASConfig(context=...)`. Where `EASConfig` gives
-    `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search and only the context is frozen.
+    `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search; the context is annealed and frozen.
 
     The optimizer is given all parameters from the start: those of adapters that are dropped at the end of the search
     get no gradient from then on.
@@ -72,13 +73,13 @@ class EASSearch:
             is saved by the parameters' names, as with FSDP; then also when resuming.
         reward: "relative" compares losses within a round; "exp" is the paper's exp(−loss).
         search_steps: when the search ends.
-        warmup_steps: when, within that, rewards begin.
+        warmup_steps: when, within that, rewards and the annealing of the context begin.
         interval: optimizer steps from one round of rewards to the next.
         num_candidates: sets compared per round.
         score_lr: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
         score_temperature: temperature κ of the scores.
-        freeze_context_at: when the context is frozen: when the search ends, at a later step, or never (None), for a
-            merge that keeps each prompt's own.
+        freeze_context_at: when the context is frozen: "search_end", which `search_steps` tells even where nothing is
+            searched; a later step; or never (None), for a merge that keeps each prompt's own.
         seed: of all that the search draws.
 
     Attributes:
@@ -142,12 +143,13 @@ class EASSearch:
         if config.context != "prompt":  # nothing to freeze
             settings["freeze_context_at"] = None
         self._schedule = Schedule.of(settings, num_steps)
+        self._schedule.check(settings, num_steps, has_search=self.is_searching)
         if self.is_searching:
-            self._schedule.check(settings, num_steps)
             self._check_means()
             self.eas.set_skipped_modules(self.bandit.best())
         elif config.skipped_modules is None and config.num_skip:  # all of them: nothing to choose
             self.eas.fix_skipped_modules(self.eas.candidates)
+        self._anneal_context(0.0)  # a run before may have been interrupted within a step
 
     # --- the course of a run ---------------------------------------------------------------------------------------
 
@@ -179,25 +181,26 @@ class EASSearch:
         self.step += 1
         self._has_begun = False
         self.eas.sync_context()
+        self._anneal_context(0.0)
         if self.is_searching:
             rewarded_steps = self.step - self._schedule.warmup_end
             if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
-                self._anneal_context(self._schedule.running_share(self.step))
                 self._compare()
             self.eas.set_skipped_modules(self.bandit.best())
             if self.step >= self._schedule.search_end:
                 self._fix(self.bandit.best())
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
-        self._anneal_context(0.0)
         if self._is_freeze_due:
             self.eas.freeze_context()
 
     def finish(self) -> None:
-        """Ends a search that training did not reach the end of, with a warning; else does nothing."""
+        """Ends a step that training left half done, and, with a warning, a search that it did not reach the end of."""
+        self._has_begun = False
+        self._anneal_context(0.0)
         if self.is_searching:
             logger.warning(
                 "EAS: training stopped at step %d, before the search was over at step %d. The best MHAs so far are "
-                "skipped; the adapters have not been trained with them fixed.",
+                "skipped; the adapters have not been trained with them fixed, nor with a frozen context.",
                 self.step,
                 self._schedule.search_end,
             )
@@ -253,6 +256,7 @@ class EASSearch:
             else:
                 self._fix(state["skipped_modules"])
         self.step, self._has_begun = state["step"], False
+        self._anneal_context(0.0)
         if self._is_freeze_due:
             self.eas.active_config.context = "running"  # the running contexts come with the weights
 
@@ -271,10 +275,15 @@ class EASSearch:
         number = len(self.bandit.rounds)
         batch = number if self.batches is None else self.batches[number % len(self.batches)]
         losses = []
-        with preserved_random_state(self.seed + number), torch.no_grad(), evaluation_mode(self.model):
-            for names in sets:
-                self.eas.set_skipped_modules(names)
-                losses.append(self._checked_loss(batch))
+        self._anneal_context(self._schedule.running_share(self.step))
+        try:
+            with preserved_random_state(self.seed + number), torch.no_grad(), evaluation_mode(self.model):
+                for names in sets:
+                    self.eas.set_skipped_modules(names)
+                    losses.append(self._checked_loss(batch))
+        finally:
+            self._anneal_context(0.0)
+            self.eas.set_skipped_modules(self.bandit.best())
         self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
         self.eas.active_config.note_scores(self._scores)
 
@@ -307,7 +316,7 @@ class EASSearch:
         self.eas.active_config.scores = self._scores
 
     def _anneal_context(self, share: float) -> None:
-        if self._schedule.freeze_step is not None and self.eas.active_config.context == "prompt":
+        if self.eas.active_config.context == "prompt":
             self.eas.anneal_context(share)
 
     @property

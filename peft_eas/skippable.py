@@ -41,9 +41,9 @@ class Skippable(Protocol):
         """The same for good: writes them into the config; parameters that are of no use any longer may be dropped."""
 
     def anneal_context(self, share: float) -> None:
-        """Called in each step if `context` is "prompt", and with 0.0 behind it.
+        """Called if `context` is "prompt": before each step and round of rewards, and with 0.0 after them.
 
-        Contexts are those of prompts but for `share`, which the one that will be left by `freeze_context` has.
+        Until the next call each context is (1 − share) · the prompt's + share · what `freeze_context` would leave.
         """
 
     def freeze_context(self) -> None:

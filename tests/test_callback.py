@@ -151,6 +151,23 @@ def test_training_again_keeps_what_the_first_run_found(tmp_path):
     assert trainer.model.base_model.skipped_modules == found
 
 
+@pytest.mark.parametrize("step", [8, 14])
+def test_a_run_stopped_within_a_step_leaves_no_contexts_annealed(tmp_path, step):
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == step
+
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), gradient_accumulation_steps=2)
+    trainer.add_callback(Stop())
+    shares = []
+    anneal = trainer.model.base_model.anneal_context
+    trainer.model.base_model.anneal_context = lambda share: anneal(share) or shares.append(share)
+    trainer.train()
+    assert trainer.state.global_step == step
+    assert shares[-2] > 0.3
+    assert shares[-1] == 0.0
+
+
 def test_a_run_stopped_early_ends_the_search(tmp_path, caplog):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from baselines.methods import LABELS, METHODS, SKIPS_NOTHING
 from compare_report import write_report
 from conftest import LAYERS, VOCAB, build_model, difference, logits, make_inputs
 from json_lines import read_lines
-from task import Task, tune
+from task import Task, search_share, tune
 from transformers import PreTrainedModel
 from transformers.utils import logging
+
+from peft_eas.adapter import RoutedAdapter
 
 NAMES = [f"model.layers.{i}" for i in range(LAYERS)]
 
@@ -130,6 +133,18 @@ def test_das_starts_as_the_base_and_drops_layers() -> None:
     assert torch.equal(logits(model, inputs), logits(base, {**inputs, "use_cache": False}))
 
 
+def test_das_anneals_and_freezes_the_contexts_of_the_layers_it_keeps() -> None:
+    model, inputs = layer_skipping().train(), make_inputs("llama", "cpu")
+    model(**inputs)
+    for adapter in (module for module in model.modules() if isinstance(module, RoutedAdapter)):
+        adapter.reset_parameters(init_weights=False)
+    by_prompt = logits(model.eval(), inputs)
+    model.anneal_context(1.0)
+    annealed = logits(model, inputs)
+    model.freeze_context()
+    assert difference(logits(model, inputs), annealed) < 1e-5 < difference(annealed, by_prompt)
+
+
 def test_das_computes_nothing_of_a_skipped_layer() -> None:
     model = fix(layer_skipping(), NAMES[:2])
     called = []
@@ -169,6 +184,13 @@ def test_das_is_searched_by_the_bandit(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "eas_search.json").read_text())
     assert record["skipped_modules"] == prepared.model.skipped_modules
     assert record["bandit"]["candidates"] == NAMES
+
+
+@pytest.mark.parametrize("text", ["0.1", "1", "-1", "nan"])
+def test_a_share_of_the_steps_that_no_search_fits_into_is_refused(text: str) -> None:
+    assert search_share("0.4") == 0.4
+    with pytest.raises(ArgumentTypeError, match=f"{text} must be above 0.1.*below 1"):
+        search_share(text)
 
 
 # --- the grid ------------------------------------------------------------------------------------------------------

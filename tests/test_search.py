@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAYERS, build_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from skippable import USELESS, Blocks, Points
 from torch import nn
 from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_model, make_trainer, weights
 
 from peft_eas import EASCallback, EASSearch, Skippable
+from peft_eas.adapter import RoutedAdapter
 from peft_eas.search import SETTINGS
 from peft_eas.skippable import eas_of
 
@@ -218,10 +219,27 @@ def test_the_running_context_takes_ever_more_of_the_prompts_place() -> None:
     assert between == [0.0] * STEPS
 
 
+def test_with_a_fixed_set_the_context_is_annealed_too() -> None:
+    """From the start where it is frozen before rewards would have begun; a freeze beyond the run is refused."""
+    search = EASSearch(make_model(num_skip=None, skipped_modules=[NAMES[1]]), 10, warmup_steps=0.5)
+    shares: list[float] = []
+    search.eas.anneal_context = shares.append
+    for _ in range(4):
+        search.before_step()
+        search.model.train()(**TRAINING[0])
+        search.after_step()
+    assert shares == pytest.approx([0.0, 0.0, 1 / 3, 0.0, 2 / 3, 0.0])
+    assert search.phase == "frozen"
+    with pytest.raises(ValueError, match=r"'search_end' is step 100 \(search_steps=100\), beyond a run of 10 steps"):
+        EASSearch(make_model(num_skip=None, skipped_modules=[NAMES[1]]), 10, search_steps=100)
+
+
 def test_without_a_freeze_the_context_stays_the_prompt() -> None:
     run = Run(freeze_context_at=None)
-    run.model.base_model.anneal_context = None  # which nobody calls
+    shares: list[float] = []
+    run.model.base_model.anneal_context = shares.append
     assert run.train().search.phase == "tune"
+    assert set(shares) == {0.0}
     assert run.model.peft_config["default"].context == "prompt"
 
 
@@ -269,6 +287,51 @@ def test_modes_come_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         run.train(TRAINING[5:6])
     assert run.model.training
+    assert run.model.base_model.skipped_modules == run.search.bandit.best()
+    assert by_prompts(run.model)
+
+
+def by_prompts(model: PeftModel) -> bool:
+    """Whether the contexts are each prompt's own again."""
+    adapters = [module for module in model.modules() if isinstance(module, RoutedAdapter)]
+    contexts = torch.rand(2, adapters[0].running_context.shape[0])
+    return all(torch.equal(adapter.annealed(contexts), contexts) for adapter in adapters)
+
+
+def begin_step() -> Run:
+    """A run that was interrupted within a step, while contexts were annealed."""
+    run = Run().train(TRAINING[:8])
+    run.search.before_step()
+    assert not by_prompts(run.model)
+    return run
+
+
+def test_a_step_that_is_not_ended_leaves_no_contexts_annealed() -> None:
+    run = begin_step()
+    run.search.finish()
+    assert by_prompts(run.model)
+    tuning = Run(freeze_context_at=20).train(TRAINING[:14])
+    tuning.search.before_step()
+    tuning.search.finish()
+    assert by_prompts(tuning.model)
+    state = Run().train(TRAINING[:6]).search.state_dict()
+    run = begin_step()
+    run.search.load_state_dict(state)
+    assert by_prompts(run.model)
+    run = begin_step()
+    EASSearch(run.model, STEPS, run.loss, HELD_OUT, **{**SCHEDULE, "freeze_context_at": None})
+    assert by_prompts(run.model)
+
+
+def test_micro_batches_of_a_step_are_annealed_to_the_same_context() -> None:
+    run = Run().train(TRAINING[:8])
+    one = next(module for module in run.model.modules() if isinstance(module, RoutedAdapter))
+    seen = []
+    for _ in range(2):
+        run.search.before_step()
+        seen.append(one.annealed(torch.ones(1, len(one.running_context))))
+        one.record(torch.rand(1, len(one.running_context)))
+    assert torch.equal(*seen)
 
 
 def test_stopped_early_it_skips_the_best_set(caplog) -> None:
@@ -343,6 +406,7 @@ def test_its_settings_are_the_callbacks() -> None:
         ({"interval": 0}, r"EASSearch\(interval=0\)"),
         ({"search_steps": 30}, "ends at step 30 .*does not fit into a run of 20 steps"),
         ({"freeze_context_at": 0.3}, "is step 6, before the search is over at step 12"),
+        ({"freeze_context_at": 21}, r"freeze_context_at=21 is step 21 .*beyond a run of 20 steps"),
         ({"batch_loss": None}, "nothing to compute rewards from: batch_loss is missing. Pass batch_loss"),
         ({"batches": []}, "nothing to compute rewards from: batches is empty"),
     ],

@@ -58,24 +58,24 @@ def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepare
 
 def das(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """Whole layers are skipped: as many as hold `num_skip` MHAs."""
-    return Prepared(LayerSkipping(base, task.collate([task.train[0]]), num_skip, **task.eas), [_search(task)])
+    return Prepared(LayerSkipping(base, task.collate([task.train[0]]), num_skip, **task.eas), [search_of(task)])
 
 
 def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """EAS: the search chooses, and PIAs stand for what is skipped."""
-    return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [_search(task)])
+    return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [search_of(task)])
 
 
 def eas_prompt(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """EAS whose context is each prompt's own to the end, also in the merged model, which keeps its adapters."""
     model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
-    return Prepared(model, [_search(task, freeze_context_at=None)], merge_options={"context": "prompt"})
+    return Prepared(model, [search_of(task, freeze_context_at=None)], merge_options={"context": "prompt"})
 
 
 def no_context(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """EAS with adapters that are told nothing of the prompt."""
     config = EASConfig(num_skip=num_skip, context="none", **task.eas)
-    return Prepared(get_peft_model(base, config), [_search(task)])
+    return Prepared(get_peft_model(base, config), [search_of(task)])
 
 
 def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -99,7 +99,8 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
     return Prepared(model, [EASCallback()], time.perf_counter() - start)
 
 
-def _search(task: Task, **settings: Any) -> EASCallback:
+def search_of(task: Task, **settings: Any) -> EASCallback:
+    """The search that all methods which search have, but for `settings`."""
     return EASCallback(reward_dataset=task.reward, interval=reward_interval(task.steps), **settings)
 
 
