@@ -28,6 +28,7 @@ def test_rewards_are_the_losses_of_the_sets_on_one_batch(tmp_path):
     first = json.loads((tmp_path / "eas_search.json").read_text())["bandit"]["rounds"][0]
     model = make_model().eval()
     model.load_state_dict(captured)
+    model.anneal_context(2 / 12)  # at step 6, of the way from the warm-up's end, 4, to the freeze, 16
     samples = trainer.eval_dataset
     losses = []
     for text in first["sets"]:
