@@ -13,7 +13,7 @@ from lavin.scienceqa_scores import accuracies, parse_letter
 from smollm2 import load_smollm2
 from task import Task
 from torch.utils.data import Subset
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 # A letter stands early in an output that starts with the answer, and behind lecture and explanation in others.
@@ -50,7 +50,7 @@ def load_lavin(
         image_processor = CLIPImageProcessorPil(size={"height": 8, "width": 8}, do_center_crop=False)
     else:
         tower, interval = CLIPVisionModel.from_pretrained(vision, dtype=dtype), 4
-        image_processor = AutoImageProcessor.from_pretrained(vision)
+        image_processor = CLIPImageProcessorPil.from_pretrained(vision)
     model = LavinForConditionalGeneration.from_parts(text_model, tower, tokenizer, vision_layer_interval=interval)
     return model, LavinProcessor(tokenizer, image_processor, model.config.num_image_tokens)
 
