@@ -179,14 +179,15 @@ class EASSearch:
         """Makes the ranks' contexts equal, computes rewards, ends the search, freezes the context: each when its time
         has come. Call once per optimizer step."""
         self.step += 1
-        self._has_begun = False
+        self._end_step()
         self.eas.sync_context()
-        self._anneal_context(0.0)
         if self.is_searching:
             rewarded_steps = self.step - self._schedule.warmup_end
-            if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
-                self._compare()
-            self.eas.set_skipped_modules(self.bandit.best())
+            try:
+                if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
+                    self._compare()
+            finally:
+                self.eas.set_skipped_modules(self.bandit.best())
             if self.step >= self._schedule.search_end:
                 self._fix(self.bandit.best())
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
@@ -195,8 +196,7 @@ class EASSearch:
 
     def finish(self) -> None:
         """Ends a step that training left half done, and, with a warning, a search that it did not reach the end of."""
-        self._has_begun = False
-        self._anneal_context(0.0)
+        self._end_step()
         if self.is_searching:
             logger.warning(
                 "EAS: training stopped at step %d, before the search was over at step %d. The best MHAs so far are "
@@ -255,8 +255,8 @@ class EASSearch:
                 self.eas.set_skipped_modules(bandit.best())
             else:
                 self._fix(state["skipped_modules"])
-        self.step, self._has_begun = state["step"], False
-        self._anneal_context(0.0)
+        self.step = state["step"]
+        self._end_step()
         if self._is_freeze_due:
             self.eas.active_config.context = "running"  # the running contexts come with the weights
 
@@ -283,7 +283,6 @@ class EASSearch:
                     losses.append(self._checked_loss(batch))
         finally:
             self._anneal_context(0.0)
-            self.eas.set_skipped_modules(self.bandit.best())
         self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
         self.eas.active_config.note_scores(self._scores)
 
@@ -314,6 +313,10 @@ class EASSearch:
         self._skipped_modules = self.eas.skipped_modules
         # In the adapter's config, its model card finds them.
         self.eas.active_config.scores = self._scores
+
+    def _end_step(self) -> None:
+        self._has_begun = False
+        self._anneal_context(0.0)
 
     def _anneal_context(self, share: float) -> None:
         if self.eas.active_config.context == "prompt":
