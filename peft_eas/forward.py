@@ -29,30 +29,42 @@ ADAPTER_NAME = "eas_adapter"  # in front of the name of the MHA
 SHIFT_NAME = "eas_shift"
 
 
+class Argument(NamedTuple):
+    """An argument of a module's call: its name, and its position, or −1 where it is given by name alone."""
+
+    name: str
+    position: int
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> "Argument":
+        """Finds `name` in the forward method of `module`."""
+        parameters = list(inspect.signature(module.forward).parameters)
+        return cls(name, parameters.index(name) if name in parameters else -1)
+
+    def read(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Its value, or None where it is not given."""
+        return args[self.position] if 0 <= self.position < len(args) else kwargs.get(self.name)
+
+
 class Attended(NamedTuple):
-    """Where the call of an MHA holds what it attends to; each a name and a position among the arguments.
+    """Where the call of an MHA holds what it attends to.
 
     Attributes:
         states: the states, or None for its own input. mask: their mask.
     """
 
-    states: tuple[str, int] | None
-    mask: tuple[str, int]
+    states: Argument | None
+    mask: Argument
 
     @classmethod
     def of(cls, mha: nn.Module, names: tuple[str, str]) -> "Attended":
         """Finds the arguments `names`, of states and mask, in the forward method of `mha`."""
-        parameters = list(inspect.signature(mha.forward).parameters)
-        states, mask = ((name, parameters.index(name) if name in parameters else -1) for name in names)
-        return cls(None if states[0] == "hidden_states" else states, mask)
+        states, mask = (Argument.of(mha, name) for name in names)
+        return cls(None if states.name == "hidden_states" else states, mask)
 
     def read(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, Any]:
         """The states, (B, S, d), or None; and the mask, in whatever form the MHA takes it."""
-        return tuple(None if argument is None else _argument(*argument, args, kwargs) for argument in self)
-
-
-def _argument(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return args[position] if 0 <= position < len(args) else kwargs.get(name)
+        return tuple(None if argument is None else argument.read(args, kwargs) for argument in self)
 
 
 class Call:

@@ -27,6 +27,7 @@ from .checkpoint import CODE_FILE, CheckpointMixin
 from .forward import (
     SHIFT_NAME,
     AdaptedForward,
+    Argument,
     Attended,
     BranchForward,
     Carrier,
@@ -133,7 +134,8 @@ def _keep_adapter(
         return
     carrier = None
     if entry["stands_for_skipped"] or entry["attended"] is not None:
-        carrier = Carrier(hook.current, entry["attended"] and Attended(*entry["attended"]))
+        attended = entry["attended"] and Attended(*(part and Argument(*part) for part in entry["attended"]))
+        carrier = Carrier(hook.current, attended)
         _find(model, mha).register_forward_pre_hook(carrier, with_kwargs=True)
     if not isinstance(module.forward, AdaptedForward):
         module.forward = AdaptedForward(module, hook.current, is_counted=entry["stands_for_skipped"])

@@ -1,6 +1,7 @@
 """How much each attention changes what passes it: a choice of what to skip that needs no search."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 
 from .architectures import join
 from .candidate import Candidate
+from .forward import Argument
 from .layer import MHALayer
 from .model import EASModel
+from .prompt import attended_tokens
 from .search import evaluation_mode
 from .skippable import eas_of
 
@@ -29,15 +32,15 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
     Args:
         model: what `get_peft_model(model, EASConfig(num_skip=k, ...))` returned, with nothing skipped. It is called in
             evaluation mode, which is switched back.
-        batches: keyword arguments of the model. Tokens that an `attention_mask` of shape (B, T) hides do not count
-            where the states are of that shape as well.
+        batches: keyword arguments of the model. Padding, as the mask tells that a block is given, does not count.
 
     Returns:
         by full name of the candidate, the mean over the tokens of all batches, in [-1, 1], in the model's order.
 
     Raises:
         TypeError: for a model without EAS adapters; for batches that are no dictionaries.
-        ValueError: if an MHA is skipped, which changes nothing; for no batches; for an MHA that no token reached.
+        ValueError: if an MHA is skipped, which changes nothing; for no batches; for an MHA that no token reached; for
+            a mask of another kind than tensors, such as flex attention's.
     """
     eas = eas_of(model, "attention_similarities", "it")
     if not isinstance(eas, EASModel):
@@ -60,9 +63,6 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
                         f"attention_similarities was given a batch of type {type(batch).__name__}. Pass an iterable "
                         "of batches, each a dictionary of the model's arguments."
                     )
-                mask = batch.get("attention_mask")
-                for meter in meters.values():
-                    meter.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
                 model(**batch)
     finally:
         for meter in meters.values():
@@ -82,13 +82,16 @@ class _Meter:
     def __init__(self, model: nn.Module, candidate: Candidate) -> None:
         row = candidate.architecture
         self.is_post_norm = row.kept_norm is not None
-        self.mask: torch.Tensor | None = None
+        self.mask: Any = None
         self.before: torch.Tensor | None = None
         self.total = torch.zeros((), dtype=torch.float64)
         self.count = 0
 
+        block = model.get_submodule(candidate.block)
+        argument = Argument.of(block, "attention_mask")
         first, last = row.input_norm or row.shared_norm or row.mha, row.output_norm or row.mha
         self.handles = [
+            block.register_forward_pre_hook(partial(self._note_mask, argument), with_kwargs=True),
             model.get_submodule(join(candidate.block, first)).register_forward_pre_hook(self._note, with_kwargs=True),
             model.get_submodule(join(candidate.block, last)).register_forward_hook(self._compare),
         ]
@@ -96,6 +99,14 @@ class _Meter:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def _note_mask(self, argument: Argument, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.mask = argument.read(args, kwargs)
+        if self.mask is not None and not isinstance(self.mask, torch.Tensor):
+            raise ValueError(
+                f"attention_similarities cannot tell the padding from an attention mask of type "
+                f"{type(self.mask).__name__}. Load the model with attn_implementation='sdpa' or 'eager'."
+            )
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.before = args[0] if args else kwargs["hidden_states"]
@@ -105,7 +116,8 @@ class _Meter:
         before = self.before.double()
         behind = output.double() if self.is_post_norm else before + output.double()
         similarities = F.cosine_similarity(before, behind, dim=-1)
-        if self.mask is not None and self.mask.shape == similarities.shape:
-            similarities = similarities[self.mask.bool()]
+        if self.mask is not None:
+            mask = attended_tokens(self.mask, similarities.shape[-1])
+            similarities = similarities[mask.expand_as(similarities).to(similarities.device)]
         self.total = self.total.to(similarities.device) + similarities.sum()
         self.count += similarities.numel()
