@@ -7,9 +7,9 @@
 
 Every run tunes the same base with the same data, steps and learning rate, merges what can be merged, and then scores
 the deployed model and times it against the base, in turns. A finished run is a line of runs.jsonl in --output-dir and
-is not repeated. The table (table.md) and the figure (accuracy_against_speed.png) are written anew after every run.
-Several processes may work on one grid at a time if they are given different --tasks or --seeds; --report then makes
-one table of all.
+is not repeated, and one that fails does not keep the others from running. The table (table.md) and the figure
+(accuracy_against_speed.png) are written anew after every run. Several processes may work on one grid at a time if they
+are given different --tasks or --seeds; --report then makes one table of all.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,8 @@ TASKS: dict[str, Callable[[], Task]] = {
     "meter-nlvr2": meter_nlvr2,
     "meter-retrieval": meter_retrieval,
 }
-HERE = Path(__file__).parent
 Key = tuple[str, str, float, int, int]
+KEY = ("task", "method", "share", "seed", "steps")  # of a record: what tells a run from others
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps per run (default: each task's own)")
     parser.add_argument("--rounds", type=int, default=25, help="paired rounds of timing per run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--output-dir", type=Path, help="(default compare_results, or outputs/compare if --quick)")
+    parser.add_argument("--output-dir", type=Path, help="(default outputs/compare, or outputs/compare_quick)")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--quick", action="store_true", help="one share, one seed, 12 steps, 3 rounds")
     arguments = parser.parse_args()
@@ -71,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.shares, arguments.seeds, arguments.steps, arguments.rounds = [0.5], [0], 12, 3
     if arguments.output_dir is None:
-        arguments.output_dir = Path("outputs/compare") if arguments.quick else HERE / "compare_results"
+        arguments.output_dir = Path("outputs/compare_quick" if arguments.quick else "outputs/compare")
     return arguments
 
 
@@ -155,8 +156,22 @@ def _circumstances() -> dict[str, Any]:
 
 
 def key_of(record: dict[str, Any]) -> Key:
-    """What tells a run from others."""
-    return tuple(record[name] for name in ("task", "method", "share", "seed", "steps"))
+    """The values of `KEY`."""
+    return tuple(record[name] for name in KEY)
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The finished runs, each once.
+
+    Raises:
+        SystemExit: for a line of something else.
+    """
+    runs: dict[Key, dict[str, Any]] = {}
+    for record in read_lines(path):
+        if not isinstance(record, dict) or not {*KEY, "settings", "scores"} <= record.keys():
+            raise SystemExit(f"{path} holds a line that is no run: {str(record)[:80]}. Delete it.")
+        runs.setdefault(key_of(record), record)  # two processes may have made the same run
+    return list(runs.values())
 
 
 def grid(arguments: argparse.Namespace, tasks: dict[str, Task]) -> list[Key]:
@@ -212,10 +227,11 @@ def main() -> None:
     points = grid(arguments, tasks)
 
     def finished() -> list[dict[str, Any]]:
-        records = [record for record in read_lines(path) if key_of(record) in points]
+        records = [record for record in read_runs(path) if key_of(record) in points]
         return sorted(records, key=lambda record: points.index(key_of(record)))  # processes may have taken turns
 
     check_settings(finished(), tasks, path)
+    failed: list[str] = []
     if not arguments.report:
         num_mhas = {name: count_mhas(task) for name, task in tasks.items()}
         check_shares(arguments.shares, num_mhas)
@@ -225,7 +241,12 @@ def main() -> None:
                     continue
                 name, method, share, seed, _ = point
                 bar.set_postfix_str(f"{name}, {method}, {share:.0%}, seed {seed}")
-                record = run(tasks[name], num_mhas[name], method, share, seed, arguments.rounds)
+                try:
+                    record = run(tasks[name], num_mhas[name], method, share, seed, arguments.rounds)
+                except Exception:
+                    failed.append(f"{name}, {method}, {share:.0%}, seed {seed}")
+                    bar.write(f"{failed[-1]} failed:\n{traceback.format_exc()}")
+                    continue
                 append_line(path, record)
                 records = finished()
                 write_report(records, arguments.output_dir)
@@ -234,6 +255,8 @@ def main() -> None:
                 bar.write(f"{name}, {method}, {share:.0%}, seed {seed}: {headline(record):.2%}; about {left} to go")
     write_report(finished(), arguments.output_dir)
     print((arguments.output_dir / "table.md").read_text())
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed, as told above: {'; '.join(failed)}. Start again to retry them.")
 
 
 if __name__ == "__main__":

@@ -50,16 +50,15 @@ def _points(records: Sequence[Record], task: str) -> list[tuple[str, float, list
     ]
 
 
-def _mean(values: Sequence[float], form: str = ".2f", factor: float = 1.0) -> str:
+def _percent(values: Sequence[float]) -> str:
     """Mean, and behind ± the standard deviation where there are several values."""
-    values = [factor * value for value in values]
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{spread}"
 
 
-def _median(runs: Sequence[Record], what: str, form: str = ".2f", end: str = "×") -> str:
+def _median_speed_up(runs: Sequence[Record], what: str) -> str:
     values = [run["speed_up"][what] for run in runs if what in run["speed_up"]]
-    return f"{statistics.median(values):{form}}{end}" if values else "—"
+    return f"{statistics.median(values):.2f}×" if values else "—"
 
 
 def _task_table(records: Sequence[Record], task: str) -> str:
@@ -73,13 +72,13 @@ def _task_table(records: Sequence[Record], task: str) -> str:
             [
                 LABELS[method],
                 "—" if method in SKIPS_NOTHING else f"{share:.0%}",
-                *(_mean([run["scores"][name] for run in runs], factor=100) for name in names),
+                *(_percent([run["scores"][name] for run in runs]) for name in names),
                 str(len(runs)),
                 f"{statistics.mean(run['trainable_parameters'] for run in runs):,.0f}",
-                _mean([run["choice_seconds"] for run in runs], ".1f"),
-                _mean([run["tuning_seconds"] for run in runs], ".0f"),
-                _median(runs, "prefill"),
-                _median(runs, "decode"),
+                f"{statistics.median(run['choice_seconds'] for run in runs):.1f}",
+                f"{statistics.median(run['tuning_seconds'] for run in runs):.0f}",
+                _median_speed_up(runs, "prefill"),
+                _median_speed_up(runs, "decode"),
                 f"{statistics.mean(cache):,.0f}" if cache else "—",
             ]
         )
@@ -98,7 +97,7 @@ def _average_table(records: Sequence[Record]) -> list[str]:
     for method, share in sorted(by_key, key=lambda key: (list(LABELS).index(key[0]), key[1])):
         values = by_key[method, share]
         row = [LABELS[method], "—" if method in SKIPS_NOTHING else f"{share:.0%}"]
-        row += [_mean(list(values[task].values()), factor=100) if task in values else "—" for task in tasks]
+        row += [_percent(list(values[task].values())) if task in values else "—" for task in tasks]
         is_whole = len(values) == len(tasks)
         row.append(f"{100 * _mean_of_means(values):.2f}" if is_whole else "—")
         differences = {  # of the seeds that both have
@@ -123,8 +122,9 @@ def _footnotes(records: Sequence[Record]) -> list[str]:
     )
     dates = sorted(_names(records, "date"))
     return [
-        "Mean ± standard deviation over the seeds; recall@1 is the first figure of retrieval. Forward and decode are "
-        "the speed-up of the deployed model over the base, medians over the seeds of the median of paired rounds. "
+        "Accuracies are mean ± standard deviation over the seeds, times and speed-ups the median; recall@1 is the "
+        "first figure of retrieval. Forward and decode are the speed-up of the deployed model over the base, each the "
+        "median of paired rounds. "
         "Search is the time until it was fixed what is skipped; the adapters are trained meanwhile, but for the "
         "choice by cosine similarity.",
         f"{len(records)} runs, {dates[0]} to {dates[-1]}, on {', '.join(_names(records, 'machine'))} with "
@@ -150,8 +150,9 @@ def draw(records: Sequence[Record], path: Path) -> None:
             x = [statistics.median(run["speed_up"]["prefill"] for run in runs) for runs in own]
             y = [100 * statistics.mean(map(headline, runs)) for runs in own]
             spread = [100 * statistics.stdev(map(headline, runs)) if len(runs) > 1 else 0.0 for runs in own]
+            bars = [spread, [min(above, 100 - mean) for above, mean in zip(spread, y)]]  # to no more than 100 %
             style = {"markersize": 5, "linewidth": 1.2, "capsize": 2, "elinewidth": 0.7, **STYLES[method]}
-            axes.errorbar(x, y, yerr=spread, label=LABELS[method], **style)
+            axes.errorbar(x, y, yerr=bars, label=LABELS[method], **style)
         axes.set_title(f"{task} ({points[0][2][0]['num_mhas']} attentions)", size=9)
         axes.set_xlabel("forward pass: speed-up over the base", size=9)
         axes.spines[["top", "right"]].set_visible(False)

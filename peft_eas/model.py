@@ -224,14 +224,18 @@ class EASModel(MergingTuner):
             if name in candidate.configs
         )
 
-    def freeze_context(self) -> None:
+    def freeze_context(self, is_resumed: bool = False) -> None:
         """Switches the active adapter to context="running" for good: what is trained from here on is folded as it is.
 
-        Warns where an adapter has seen no prompt yet, so that its running mean is zero. Where the context is not the
-        prompt, there is nothing to do.
+        Warns where an adapter has seen no prompt yet, so that its running mean is zero; not where a run `is_resumed`
+        that was frozen already, for then the running mean comes with its weights. Where the context is not the prompt,
+        there is nothing to do.
         """
         config = self.active_config
         if config.context != "prompt":
+            return
+        if is_resumed:
+            config.context = "running"
             return
         self.sync_context()
         adapters = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]

@@ -258,7 +258,7 @@ class EASSearch:
         self.step = state["step"]
         self._end_step()
         if self._is_freeze_due:
-            self.eas.active_config.context = "running"  # the running contexts come with the weights
+            self.eas.freeze_context(is_resumed=True)
 
     # --- the search ------------------------------------------------------------------------------------------------
 

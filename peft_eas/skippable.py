@@ -22,8 +22,7 @@ class Skippable(Protocol):
     def active_config(self) -> EASConfig:
         """The search reads `num_skip`, `skipped_modules` (None: to be searched) and `context`.
 
-        It writes `scores`, by `note_scores` too, and `context`, "running", when it resumes a run that was frozen.
-        Where there is nothing to freeze, `context` is "none".
+        It writes `scores`, by `note_scores` too. Where there is nothing to freeze, `context` is "none".
         """
 
     @property
@@ -46,8 +45,12 @@ class Skippable(Protocol):
         Until the next call each context is (1 − share) · the prompt's + share · what `freeze_context` would leave.
         """
 
-    def freeze_context(self) -> None:
-        """Called once in a run if `context` is "prompt"; turns it to "running"."""
+    def freeze_context(self, is_resumed: bool = False) -> None:
+        """Called once in a run if `context` is "prompt"; turns it to "running".
+
+        `is_resumed`: the run was frozen before it was interrupted, and what it left may come with the weights only
+        after this call.
+        """
 
     def sync_context(self) -> None:
         """Called after each optimizer step; makes what the ranks have gathered each for itself equal."""

@@ -48,8 +48,8 @@ class Blocks(nn.Module):
     def anneal_context(self, share: float) -> None:
         self.shares.append(share)
 
-    def freeze_context(self) -> None:
-        self.calls.append("freeze")
+    def freeze_context(self, is_resumed: bool = False) -> None:
+        self.calls.append("freeze again" if is_resumed else "freeze")
         self.active_config.context = "running"
 
     def sync_context(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from task import Task, search_share, tune
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from peft_eas import EASSearch
 from peft_eas.adapter import RoutedAdapter
 
 NAMES = [f"model.layers.{i}" for i in range(LAYERS)]
@@ -173,6 +175,52 @@ def test_das_generates_with_a_cache_as_without(skip: list[int]) -> None:
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("stop", [4, 8])
+def test_das_resumes_in_and_behind_the_search(stop: int) -> None:
+    task = tiny_task()
+    batches = [task.collate(task.train[4 * step : 4 * step + 4]) for step in range(12)]
+
+    def begin() -> tuple[LayerSkipping, EASSearch, torch.optim.Optimizer]:
+        model = layer_skipping(dropout=0.0)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        settings = {"search_steps": 6, "warmup_steps": 2, "interval": 2}
+        return model, EASSearch(model, 12, lambda batch: model(**batch).loss, batches[:2], **settings), optimizer
+
+    def train(
+        model: LayerSkipping, search: EASSearch, optimizer: torch.optim.Optimizer, steps: range
+    ) -> LayerSkipping:
+        for step in steps:
+            search.before_step()
+            model.train()(**batches[step]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            search.after_step()
+        return model.eval()
+
+    inputs = make_inputs("llama", "cpu")
+    whole = begin()
+    train(*whole, range(stop))
+    again = begin()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again[1].load_state_dict(json.loads(json.dumps(whole[1].state_dict())))
+    again[0].load_state_dict(whole[0].state_dict())
+    assert again[1].phase == whole[1].phase
+    expected = logits(train(*whole, range(stop, 12)), inputs)
+    model = train(*again, range(stop, 12))
+    assert torch.equal(logits(model, inputs), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert difference(logits(model.merge_and_unload(), inputs), expected) < 1e-5
+
+
+def test_a_model_that_das_has_made_refuses_to_be_saved(tmp_path: Path) -> None:
+    deployed = fix(layer_skipping(), NAMES[:2]).merge_and_unload()
+    with pytest.raises(ValueError, match="layers that DAS skips cannot be saved"):
+        deployed.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_das_is_searched_by_the_bandit(tmp_path: Path) -> None:
     task = tiny_task()
     prepared = METHODS["das"](task.load_base(), task, 2, 0)
@@ -265,6 +313,40 @@ def test_an_interruption_loses_nothing(compare: ModuleType, monkeypatch: pytest.
     compare.main()
     assert [record["method"] for record in read_lines(path)] == ["lora", "random_choice"]
     assert read_lines(path)[0] == finished[0]
+
+
+def test_one_run_that_fails_does_not_keep_the_others_from_running(
+    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    options = ("--methods", "cosine", "lora", "--shares", "0.5", "--seeds", "0", "--steps", "2")
+    cosine = METHODS["cosine"]
+    monkeypatch.setitem(METHODS, "cosine", fails)
+    with pytest.raises(SystemExit, match="1 runs failed, as told above: copy, cosine, 50%, seed 0"):
+        run_grid(compare, monkeypatch, tmp_path, *options)
+    assert "RuntimeError: out of memory" in capsys.readouterr().out
+    assert [record["method"] for record in read_lines(tmp_path / "runs.jsonl")] == ["lora"]
+    assert "| LoRA" in (tmp_path / "table.md").read_text()
+    monkeypatch.setitem(METHODS, "cosine", cosine)
+    assert [record["method"] for record in run_grid(compare, monkeypatch, tmp_path, *options)] == ["lora", "cosine"]
+
+
+def test_a_run_counts_once_and_what_is_no_run_is_named(
+    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("--methods", "lora", "--seeds", "0", "--steps", "1")
+    path = tmp_path / "runs.jsonl"
+    run_grid(compare, monkeypatch, tmp_path, *options)
+    table = (tmp_path / "table.md").read_text()
+    path.write_text(2 * path.read_text())
+    run_grid(compare, monkeypatch, tmp_path, *options)
+    assert (tmp_path / "table.md").read_text() == table
+    with path.open("a") as file:
+        file.write('{"task": "copy"}\n')
+    with pytest.raises(SystemExit, match=r"holds a line that is no run: \{'task': 'copy'\}"):
+        run_grid(compare, monkeypatch, tmp_path, *options)
 
 
 def test_the_table_says_how_far_from_nothing_skipped(tmp_path: Path) -> None:

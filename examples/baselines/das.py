@@ -68,6 +68,8 @@ class LayerSkipping(nn.Module):
         for _, block, row in find_mhas(base):
             if row.input_norm is not None:
                 norms.setdefault(block, base.get_submodule(f"{block}.{row.input_norm}"))
+        if hasattr(base, "accepts_loss_kwargs"):  # which Trainer asks the outermost model for
+            self.accepts_loss_kwargs = base.accepts_loss_kwargs
         self.adapted = get_peft_model(base, EASConfig(num_skip=0, **arguments))
         self.eas = self.adapted.base_model
         self.candidates = list(dict.fromkeys(name.rpartition(".")[0] for name in self.eas.candidates))
@@ -135,9 +137,9 @@ class LayerSkipping(nn.Module):
         """Anneals the context of the kept layers' adapters."""
         self.eas.anneal_context(share)
 
-    def freeze_context(self) -> None:
+    def freeze_context(self, is_resumed: bool = False) -> None:
         """Freezes the context of the kept layers' adapters."""
-        self.eas.freeze_context()
+        self.eas.freeze_context(is_resumed)
         self.active_config.context = self.eas.active_config.context
 
     def sync_context(self) -> None:
@@ -145,10 +147,21 @@ class LayerSkipping(nn.Module):
         self.eas.sync_context()
 
     def merge_and_unload(self) -> PreTrainedModel:
-        """The model with the kept layers' adapters folded in, and of the skipped layers their adapters alone."""
+        """The model with the kept layers' adapters folded in, and of the skipped layers their adapters alone.
+
+        It is to be used where it is: no class would load it with its layers skipped, so it refuses to be saved.
+        """
         for layer in self.layers.values():
             del layer.forward
         model = self.adapted.merge_and_unload()
         for name in self.skipped_modules:
             model.set_submodule(name, self.stand_ins[name.replace(".", "/")])
+        model.save_pretrained = _refuse_to_save
         return model
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "A model with layers that DAS skips cannot be saved: no class would load it. Save the state_dict() of the "
+        "LayerSkipping model before merging."
+    )
