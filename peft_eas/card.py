@@ -49,6 +49,7 @@ AUTO_CLASSES = {
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
     "AutoModelForVisualQuestionAnswering": "visual-question-answering",
     "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForMultipleChoice": "multiple-choice",
 }
 
 
@@ -173,8 +174,10 @@ def _auto_class(model_class: type) -> tuple[str, str]:
     """The name of the Auto class that loads the class, and the Hub's name of the task."""
     name = model_class.__name__.removeprefix("EAS")
     for auto_class, task in AUTO_CLASSES.items():
-        known = getattr(modeling_auto, auto_class)._model_mapping._model_mapping.values()
-        if any(name in (names if isinstance(names, (tuple, list)) else [names]) for names in known):
+        mapping = getattr(modeling_auto, auto_class)._model_mapping
+        known = [*mapping._model_mapping.values(), *mapping._extra_content.values()]  # the latter were registered
+        every = (one for names in known for one in (names if isinstance(names, (tuple, list)) else [names]))
+        if name in (one if isinstance(one, str) else one.__name__ for one in every):
             return auto_class, task
     is_vision = getattr(model_class, "main_input_name", None) == "pixel_values"
     return "AutoModel", "image-feature-extraction" if is_vision else "feature-extraction"

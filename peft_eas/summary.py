@@ -27,7 +27,8 @@ class SummaryRow:
 
     Attributes:
         name: full name.
-        state: "skipped" or "kept"; "deleted" by a merge; "excluded" by the config; or "no target".
+        state: "skipped" or "kept"; "never skipped", which `kept_modules` of the config names; "deleted" by a merge;
+            "excluded" by the config; or "no target".
         score: the search's, or None.
         parameters: of the MHA, without a norm inside it that a skipped block still applies; 0 if it was deleted before
             the adapters came.
@@ -222,7 +223,6 @@ def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
     scores, added = config.current_scores or {}, added_parameters(model)
     parts = [_MHA(model, *found, context_length, added) for found in find_mhas(model)]
     rows: list[SummaryRow] = []
-    never_skipped: set[str] = set()
     ffns_with_biases: set[str] = set()  # one FFN may stand behind several MHAs
     for part in parts:
         score, mha = scores.get(part.name), layers.get((MHALayer, part.name))
@@ -232,9 +232,9 @@ def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
             is_excluded = matches(config.exclude_modules, part.name)
             rows.append(part.summarized("excluded" if is_excluded else "no target", score))
         else:
-            if adapter_name in mha.candidate.kept_by:
-                never_skipped.add(part.name)
             is_skipped = adapter_name in mha.candidate.skipped_by
+            is_never_skipped = adapter_name in mha.candidate.kept_by
+            state = "skipped" if is_skipped else "never skipped" if is_never_skipped else "kept"
             adapter = (layers[FFNLayer, part.name] if is_skipped else mha).used_adapter(adapter_name)
             if is_skipped:
                 biases = 0 if part.ffn_name in ffns_with_biases else part.ffn_biases
@@ -242,8 +242,8 @@ def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
             else:
                 biases = part.biases
             left = (0, 0) if adapter is None else (size_of(adapter), biases)
-            rows.append(part.summarized("skipped" if is_skipped else "kept", score, *left))
-    return Summary(rows, size_of(model, added), _flops(model, parts, rows, never_skipped), context_length)
+            rows.append(part.summarized(state, score, *left))
+    return Summary(rows, size_of(model, added), _flops(model, parts, rows), context_length)
 
 
 def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
@@ -252,16 +252,18 @@ def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
     scores = facts.get("scores") or {}
     parts = [_MHA(base, *found, context_length, set()) for found in find_mhas(base)]
     rows: list[SummaryRow] = []
-    never_skipped: set[str] = set()
     compared: set[str] = set()
     for part in parts:
         name = relative_name(base, part.name)
         candidate = next((c for c in facts.get("candidates") or [part.name] if is_same_mha(c, name)), None)
-        if candidate is None and any(is_same_mha(kept, name) for kept in facts.get("kept") or ()):
-            candidate = part.name
-            never_skipped.add(part.name)
         is_deleted = name in record["skipped"]
-        state = "deleted" if is_deleted else "no target" if candidate is None else "kept"
+        is_never_skipped = any(is_same_mha(kept, name) for kept in facts.get("kept") or ())
+        if is_deleted:
+            state = "deleted"
+        elif candidate is not None:
+            state = "kept"
+        else:
+            state = "never skipped" if is_never_skipped else "no target"
         prefix = part.name.removesuffix(name)
         path, before = (part.ffn_name, part.ffn) if is_deleted else (part.name, part.mha)
         left = (0, 0, 0)
@@ -274,7 +276,7 @@ def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
             left = (0, size_of(model.get_submodule(path)) - size_of(before), 0)
             compared.add(path)
         rows.append(part.summarized(state, scores.get(candidate), *left))
-    return Summary(rows, size_of(base), _flops(base, parts, rows, never_skipped), context_length)
+    return Summary(rows, size_of(base), _flops(base, parts, rows), context_length)
 
 
 def _before_merge(model: PreTrainedModel) -> PreTrainedModel:
@@ -287,10 +289,10 @@ def _before_merge(model: PreTrainedModel) -> PreTrainedModel:
         return stock(config)
 
 
-def _flops(model: nn.Module, parts: list[_MHA], rows: list[SummaryRow], never_skipped: set[str]) -> int:
+def _flops(model: nn.Module, parts: list[_MHA], rows: list[SummaryRow]) -> int:
     """FLOPs per token of the whole model without its adapters, but for towers without a candidate."""
-    targets = [part for part, row in zip(parts, rows) if row.state not in ("excluded", "no target")]
-    kinds = {part.kind for part in targets if part.name not in never_skipped} or {part.kind for part in targets}
+    candidates = {part.kind for part, row in zip(parts, rows) if row.state in ("skipped", "kept", "deleted")}
+    kinds = candidates or {part.kind for part, row in zip(parts, rows) if row.state == "never skipped"}
     other_towers = tuple(f"{part.block_name}." for part in parts if part.kind not in kinds)
     products = sum(part.product_flops for part in parts if part.kind in kinds)
     return 2 * _linear_weights(model, other_towers) + products

@@ -137,6 +137,13 @@ def test_layout(lavin):
     assert "pixel_values" not in processor(["shape"])
 
 
+def test_a_text_that_spells_a_placeholder_is_text(lavin):
+    _, processor = lavin
+    placeholders = [processor.image_token_id, processor.modality_token_id]
+    (ids,) = processor(["what <image> color <modality>"], [image(0)])["input_ids"].tolist()
+    assert [i for i in ids if i in placeholders] == [placeholders[1], *[placeholders[0]] * processor.num_image_tokens]
+
+
 def test_samples(lavin):
     _, processor = lavin
     batch, ones = batches(processor, "modality")
@@ -476,6 +483,7 @@ def test_merged_is_unmerged(lavin, skip, context, tmp_path):
     assert type(loaded).__name__ == "EASLavinForConditionalGeneration"
     assert difference(attended(loaded(**batch).logits, batch), expected) <= TOLERANCE
     assert (tmp_path / "modeling_lavin.py").exists()
+    assert "AutoModelForImageTextToText.from_pretrained" in (tmp_path / "README.md").read_text()
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), LavinProcessor)
 
 

@@ -200,14 +200,14 @@ def test_what_is_never_skipped_is_kept():
     options = {"kept_modules": r".*vision_tower.*"}
     model = add_eas(build_model("llava"), "llava", [0], "running", **options)
     summary = eas_summary(model, TOKENS)
-    assert [row.state for row in summary.rows] == ["kept"] * 4 + ["skipped", "kept", "kept", "kept"]
+    assert [row.state for row in summary.rows] == ["never skipped"] * 4 + ["skipped", "kept", "kept", "kept"]
     assert [row.adapter_parameters for row in summary.rows] == [INPUT] * 4 + [PIA, INPUT, INPUT, INPUT]
     # It is no candidate, and its tokens are others than those of the text model.
     assert summary.base_flops == eas_summary(make_eas("llava", "cpu", [0], warm=False), TOKENS).base_flops
     size, merged = summary.base_parameters, model.merge_and_unload()
     assert size - summary.saved_parameters == merged.num_parameters()
     after = eas_summary(merged, TOKENS)
-    assert [row.state for row in after.rows] == ["kept"] * 4 + ["deleted", "kept", "kept", "kept"]
+    assert [row.state for row in after.rows] == ["never skipped"] * 4 + ["deleted", "kept", "kept", "kept"]
     assert (after.base_flops, after.saved_parameters) == (summary.base_flops, summary.saved_parameters)
 
 
