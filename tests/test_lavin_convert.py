@@ -360,6 +360,43 @@ def test_tokenizers_that_do_not_fit(tmp_path):
         load_tokenizer(folder)
 
 
+def test_what_lavin_eas_never_calls_is_left_out(parts, tmp_path):
+    """The search's scores, and what its vision blocks hold in front of their FFNs unless they are "router_block"."""
+    weights = adapter_weights(True)
+    unused = {k.replace("adapter_attn", "adapter_mlp"): v + 1 for k, v in weights.items() if ".resblocks." in k}
+    assert unused
+    extra = {**weights, **unused, "scores": torch.zeros(LAYERS)}
+    file = tmp_path / "adapter.pth"
+    given, expected = (
+        read_adapter(
+            write_adapter(file, held, skip_list="[0, 2]", visual_adapter_type="normal"), LAYERS, VISION_LAYERS
+        )
+        for held in (extra, weights)
+    )
+    assert given.skipped == expected.skipped == (0, 2)
+    for kind in ("text", "vision", "pia"):
+        for i, one in getattr(expected, kind).items():
+            assert all(torch.equal(getattr(given, kind)[i][name], value) for name, value in one.items())
+    write_adapter(file, extra, skip_list="[0, 2]", visual_adapter_type="router_block")
+    with pytest.raises(ValueError, match=r"unexpected .*resblocks.0.adapter_mlp"):
+        read_adapter(file, LAYERS, VISION_LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ('{"dim": 16', r"params.json does not tell n_layers, n_heads, dim, norm_eps\. It must be a dictionary"),
+        ('{"dim": 16, "n_heads": 2, "n_layers": 3}', r"params.json does not tell norm_eps\."),
+        ('{"dim": 16, "n_heads": 2, "n_layers": 3, "norm_eps": 1e-5, "use_scaled_rope": true}', "scaled rotary"),
+    ],
+)
+def test_params_that_do_not_fit(params, match, parts, tmp_path):
+    folder = write_llama(tmp_path / "other", parts[0])
+    (folder / "params.json").write_text(params)
+    with pytest.raises(ValueError, match=match):
+        load_llama(folder)
+
+
 @pytest.mark.parametrize(
     ("pia", "change", "options", "match"),
     [

@@ -29,9 +29,11 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoModelForVisualQuestionAnswering,
+    Trainer,
+    TrainingArguments,
 )
 
-from peft_eas import EASConfig
+from peft_eas import EASConfig, attention_similarities
 
 WIDTH, LAYERS, VOCAB, ANSWERS = 16, 2, 30, 5
 HEADS = {
@@ -102,6 +104,50 @@ def make_eas(head: str, skip: list[str], context: str = "prompt", warm: bool = T
 @torch.no_grad()
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).logits
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_does_not_count_in_similarities(head: str) -> None:
+    """The states are (2 B, T) for NLVR2's two images and (B K, T) for retrieval's texts; also where T is that of the
+    image."""
+
+    def similarities(inputs: dict[str, Tensor]) -> Tensor:
+        return torch.tensor(list(attention_similarities(make_eas(head, []), [inputs]).values()))
+
+    inputs, num_image_tokens = make_inputs(head), 5
+    for length in (num_image_tokens, 12):
+        padding = (0, length - 4)
+        longer = {
+            **inputs,
+            "input_ids": F.pad(inputs["input_ids"][..., :4], padding, value=1),
+            "attention_mask": F.pad(inputs["attention_mask"][..., :4], padding),
+        }
+        exact = {**inputs, "input_ids": inputs["input_ids"][..., :4]}
+        del exact["attention_mask"]
+        torch.testing.assert_close(similarities(longer), similarities(exact))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_accumulated_gradients_are_those_of_one_batch(head: str, tmp_path: Path) -> None:
+    labels = {
+        "vqa": torch.eye(ANSWERS)[:4],
+        "nlvr2": torch.tensor([0, 1, 1, 0]),
+        "retrieval": torch.tensor([0, 1, 1, 0]),
+    }
+    inputs = {**make_inputs(head, batch=4), "labels": labels[head]}
+
+    def gradient_norm(batch_size: int, accumulation: int) -> float:
+        arguments = TrainingArguments(
+            tmp_path, max_steps=1, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+        )  # fmt: skip
+        data = [{name: value[i] for name, value in inputs.items()} for i in range(4)]
+        model = make_eas(head, [], warm=False)
+        trainer = Trainer(model, arguments, train_dataset=data, data_collator=torch.utils.data.default_collate)
+        trainer.train()
+        return trainer.state.log_history[0]["grad_norm"]
+
+    assert gradient_norm(1, 4) == pytest.approx(gradient_norm(4, 1), rel=1e-4)
 
 
 # --- the model under EAS ---------------------------------------------------------------------------------------------

@@ -236,6 +236,8 @@ def test_images_and_captions(tmp_path: Path) -> None:
         (" B. a cork", 1),
         ("A cork floats.", 1),  # "A" is an article; the choice's words tell
         ("The answer is A cork", 1),
+        ("The answer is B because (A) is heavy.", 1),
+        ("The answer is B because it floats", 1),
         ("a cork or an anvil", None),
         ("An apple", None),
         ("", None),

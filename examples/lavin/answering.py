@@ -81,7 +81,12 @@ def rank_letters(
     prompt, answer = dataset.texts[0]
     gap = answer[: len(answer) - len(answer.lstrip())]
     ids = [processor.encode_answer(prompt, f"{gap}The answer is {letter}.") for letter in LETTERS]
-    place = next(place for place, tokens in enumerate(zip(*ids)) if len(set(tokens)) > 1)
+    place = next((place for place, tokens in enumerate(zip(*ids)) if len(set(tokens)) > 1), None)
+    if place is None:
+        raise ValueError(
+            f"To the tokenizer, 'The answer is {LETTERS[0]}.' is the same as with any other letter, so that letters "
+            "cannot be ranked. It must know capital letters; take the one that belongs to the language model."
+        )
     letters = torch.tensor([row[place] for row in ids], device=model.device)
     lengths = num_tokens(dataset, processor)
     order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)

@@ -25,6 +25,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
@@ -114,7 +115,7 @@ def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCaus
             f"{folder} does not hold params.json and consolidated.00.pth. Name the folder of one original Llama, such "
             "as the one called 7B."
         )
-    params = json.loads((folder / "params.json").read_text())
+    params = _read_params(folder / "params.json")
     layers, heads, width = params["n_layers"], params["n_heads"], params["dim"]
     names = [f"{name}.weight" for name in _LLAMA_ENDS]
     names += [f"layers.{i}.{name}.weight" for i in range(layers) for name in _LLAMA_NAMES]
@@ -162,6 +163,26 @@ def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCaus
                 weight = halves_from_pairs(weight, heads if old == "attention.wq" else kv_heads)
             ours[f"model.layers.{i}.{new}.weight"] = weight
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=ours, dtype=dtype)
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    needed = ("n_layers", "n_heads", "dim", "norm_eps")
+    try:
+        params = json.loads(path.read_text())
+        missing = [name for name in needed if name not in params]
+    except (json.JSONDecodeError, TypeError):
+        missing = needed
+    if missing:
+        raise ValueError(
+            f"{path} does not tell {', '.join(missing)}. It must be a dictionary in JSON, as it lies beside the "
+            "original weights; download it again."
+        )
+    if params.get("use_scaled_rope"):
+        raise ValueError(
+            f"{path} asks for scaled rotary embeddings (Llama 3.1 and later), which are not converted. Take the same "
+            "model in transformers' format, and LavinForConditionalGeneration.from_parts."
+        )
+    return params
 
 
 def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
@@ -282,6 +303,7 @@ def read_adapter(
     arguments = vars(held["args"]) if isinstance(held.get("args"), Namespace) else {}
     held = held.get("model", held)
     weights = {name.replace("module.", ""): value for name, value in held.items()}
+    weights.pop("scores", None)  # the search's
     text = [f"layers.{i}.adapter_attn" for i in range(layers)]
     pia = [f"layers.{i}.replaced_adapter" for i in range(layers)]
     vision = [f"backbone.visual.transformer.resblocks.{i}.adapter_attn" for i in range(vision_layers)]
@@ -294,11 +316,15 @@ def read_adapter(
         for kind in _KINDS
     }
     modality = "adapter_modality_embedding.weight"
+    if has_pia and arguments.get("visual_adapter_type", "router_block") != "router_block":
+        # LaVIN-EAS then makes adapters in front of the vision tower's FFNs, and never calls them.
+        weights = {
+            name: value for name, value in weights.items() if ".visual." not in name or ".adapter_mlp." not in name
+        }
     # Adapters in front of FFNs, and vision adapters without a router, which have no residual, are no EAS adapters.
     check_names(str(path), weights, [*names, *projector, modality])
     if skipped is None:
-        listed = str(arguments.get("skip_list", "")).strip("[]() ")
-        skipped = [int(index) for index in listed.split(",")] if listed else []
+        skipped = [int(index) for index in re.findall(r"-?\d+", str(arguments.get("skip_list", "")))]
     skipped = tuple(sorted(set(skipped)))
     strange = [index for index in skipped if not 0 <= index < layers]
     if strange or (skipped and not has_pia):

@@ -28,8 +28,8 @@ class LavinProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase = None,
-        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
         num_image_tokens: int = 6,
         routing: Literal["prompt", "modality"] = "prompt",
         separator: str = "\n",
@@ -69,8 +69,8 @@ class LavinProcessor(ProcessorMixin):
         return both[len(before) :] if both[: len(before)] == before else self.encode_plain(answer)
 
     def encode_plain(self, text: str) -> list[int]:
-        """The ids of a text alone, without any special token."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """The ids of a text alone, without any special token, even if the text spells one."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def __call__(
         self,

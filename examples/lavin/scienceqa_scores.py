@@ -20,7 +20,7 @@ COLUMNS: dict[str, Callable[[Problem], bool]] = {
 
 _PATTERNS = (
     re.compile(r"The answer is ([A-Z])\."),  # the official one
-    re.compile(r"[Aa]nswer is:? ([A-Z])\b(?! [a-z])"),  # not "the answer is A stone"
+    re.compile(r"[Aa]nswer is:? ((?:[AI]\b(?! [a-z])|[B-HJ-Z]\b))"),  # not "the answer is A stone"
     re.compile(r"\(([A-Za-z])\)"),
     re.compile(r"^\s*([A-Z])\s*(?:[.,:)]|$)"),
 )
@@ -29,8 +29,8 @@ _PATTERNS = (
 def parse_letter(text: str, problem: Problem) -> int | None:
     """Index of the choice that a generated text names, or None if it names none.
 
-    "The answer is X." is the official rule; of several the first counts, as in LaVIN's evaluation. A text without
-    it is read for, in this order, "answer is X" without the full stop, a letter in brackets, a letter alone at
+    "The answer is X." is the official form; of several the first counts, as in LaVIN's evaluation. A text without
+    it is read for, in this order, "answer is X" with anything behind it, a letter in brackets, a letter alone at
     its start, and one single choice whose words it holds. Where nothing of that is found, or the problem has no
     choice of that letter, the official evaluation draws a choice at random; here the answer is None, which is wrong.
     """

@@ -180,6 +180,7 @@ class MeterPreTrainedModel(PreTrainedModel):
     base_model_prefix = "meter"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    accepts_loss_kwargs = False  # the losses are means over a batch, whatever else Trainer accumulates
     _supports_sdpa = True
     _no_split_modules: ClassVar = ["BridgeTowerBertCrossLayer", "CLIPEncoderLayer", "RobertaLayer"]
     # The heads of the pretraining are not every task's.
