@@ -1,6 +1,6 @@
 """Fine-tune a small multi-modal model on easy-VQA, skip half of its attentions, merge, and see what was gained.
 
-    python examples/easy_vqa.py                      # the shipped base model, about 4 minutes on 2 CPU cores
+    python examples/easy_vqa.py                      # the shipped base model, about 3 minutes on 2 CPU cores
     python examples/easy_vqa.py --quick              # the same flow as a smoke test, under 2 minutes
     python examples/easy_vqa.py --llm smollm2        # SmolLM2-135M-Instruct in the place of the text model
     python examples/easy_vqa.py --model NAME_OR_PATH # any Llava-like checkpoint

@@ -68,12 +68,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/lavin_scienceqa"))
-    parser.add_argument("--quick", action="store_true", help="a smoke test: 10 steps, 8 test problems")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of some minutes: 10 steps, 8 problems")
     arguments = parser.parse_args()
     if arguments.lavin and arguments.vision:
         parser.error("--lavin has a vision tower already; leave --vision out")
     if not 0 < arguments.skip <= 1:
         parser.error(f"--skip {arguments.skip}: must be above 0 and at most 1, a share of the attentions")
+    for name in ("test_problems", "reward_problems", "steps", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if arguments.quick:
         arguments.steps, arguments.test_problems = arguments.steps or 10, arguments.test_problems or 8
     if arguments.steps is None and arguments.minutes is None:
