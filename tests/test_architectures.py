@@ -8,13 +8,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 import transformers
 from conftest import difference
-from families import ARCHITECTURES, SPECIAL_TOKENS, Family
+from families import ARCHITECTURES, KEYS, SKIPS, SPECIAL_TOKENS, Family, candidates, labelled, make, output
 from hub_metadata import metadata_problems
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -28,63 +27,8 @@ from peft_eas.merged import merged_model_class
 
 NAMES = list(ARCHITECTURES)
 MIXTURES = [name for name, family in ARCHITECTURES.items() if "expert" in repr(family.config())]
-# Of a model's outputs, the first that it has.
-KEYS = ("logits", "logits_per_image", "pooler_output", "last_hidden_state")
 GENERATING = [name for name, family in ARCHITECTURES.items() if family.kind != "encoder"]
 DECODERS = [name for name, family in ARCHITECTURES.items() if family.kind == "decoder"]
-# By what is skipped: of the candidates, in the model's order.
-SKIPS = {
-    "first": lambda names: names[:1],
-    "last": lambda names: names[-1:],
-    "some": lambda names: names[::2],
-    "others": lambda names: names[1::2],
-    "all": lambda names: names,
-}
-
-
-@cache
-def candidates(family: Family, on_request: bool) -> list[str]:
-    """Full names of the targets: by default, or on request."""
-    config = EASConfig(num_skip=0, target_modules=family.on_request if on_request else None)
-    return get_peft_model(family.build(), config).base_model.candidates
-
-
-def make(family: Family, skip: str | None, context: str = "running", on_request: bool = False, **options) -> PeftModel:
-    """The family's model with adapters that are not the identity, and running contexts that have seen two batches."""
-    names = candidates(family, on_request)
-    defaults = {"r": 8, "attention_r": 4, "dropout": 0.0, "init_weights": False, "task_type": family.task_type}
-    torch.manual_seed(1)
-    config = EASConfig(
-        **{**defaults, **options},
-        skipped_modules=SKIPS[skip](names) if skip else [],
-        target_modules=names,
-    )
-    model = get_peft_model(family.build(), config)
-    for seed in (100, 101):
-        with torch.no_grad():
-            model.train()(**labelled(family, family.make_inputs(seed=seed)))
-    if context == "running":
-        model.base_model.freeze_context()
-    return model.eval()
-
-
-def labelled(family: Family, inputs: dict) -> dict:
-    """The inputs with labels whose first four tokens are no answer, where labels are tokens."""
-    if family.kind == "encoder":
-        return inputs
-    labels = inputs.get("decoder_input_ids", inputs.get("input_ids")).clone()
-    labels[:, :4] = -100
-    if family.model_class.startswith("PaliGemma"):  # its prompt is not causal; these tell what is
-        inputs = {**inputs, "token_type_ids": (labels != -100).long()}
-    return {**inputs, "labels": labels}
-
-
-@torch.no_grad()
-def output(model: nn.Module, inputs: dict) -> torch.Tensor:
-    """All that the model says to `inputs`, in one row per sample."""
-    torch.manual_seed(0)  # ViLT draws the order of an image's patches
-    result = model(**inputs)
-    return next(result[key] for key in KEYS if result.get(key) is not None)
 
 
 def merge(model: PeftModel, context: str) -> PreTrainedModel:
