@@ -20,6 +20,8 @@ from json_lines import append_line, read_lines
 
 # How long after its limit a part is stopped in the middle of a case, in seconds.
 GRACE = 15.0
+# What has been imported need not be imported again. A GPU must not be in use before.
+FORKED = multiprocessing.get_context("fork")
 UNFINISHED = "did not finish: its process was stopped, or crashed"
 
 Case = tuple[str, Callable[[], Any]]
@@ -83,18 +85,20 @@ class Records:
         return record is None or ("error" in record and record["run"] != self.run)
 
 
-def run_part(part: Part, records: Records, clock: Clock) -> None:
+def run_part(part: Part, records: Records, clock: Clock, apart: bool = True) -> None:
     """Runs the cases of `part` that are due, until its limit or the end of `clock`.
 
-    Where a case crashes, or leaves the device unusable, the rest goes on in a new process.
+    Where a case crashes, or leaves the device unusable, the rest goes on in a new process; without `apart` there is
+    none, and no case is stopped.
     """
     end = Clock(min(clock.end, time.monotonic() + part.seconds))
-    # Forked, not spawned: what has been imported need not be imported again. No device is in use before.
-    context = multiprocessing.get_context("fork")
+    if not apart:
+        _work(part, records, end)
+        return
     reason = "left out, as the time was over"
     while end.left > 0:
         tried = records.count()
-        process = context.Process(target=_work, args=(part, records, end))
+        process = FORKED.Process(target=_work, args=(part, records, end))
         process.start()
         process.join(end.left + GRACE)
         if process.is_alive():
