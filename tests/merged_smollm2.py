@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import get_peft_model
-from smollm2 import is_installed, load_smollm2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.shared.smollm2 import is_installed, load_smollm2
 from peft_eas import EASConfig
 
 SKIPPED = (3, 5, 6, 7, 8, 9, 10, 11, 12, 23, 25, 26, 27, 28, 29)

@@ -12,15 +12,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from baselines.das import LayerSkipping, SkippedLayer
-from baselines.methods import LABELS, METHODS, SKIPS_NOTHING
-from compare_report import write_report
 from conftest import LAYERS, VOCAB, build_model, difference, logits, make_inputs
-from json_lines import read_lines
-from task import Task, search_share, tune
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from examples.compare.das import LayerSkipping, SkippedLayer
+from examples.compare.methods import LABELS, METHODS, SKIPS_NOTHING
+from examples.compare.report import write_report
+from examples.shared.json_lines import read_lines
+from examples.shared.task import Task, search_share, tune
 from peft_eas import EASSearch
 from peft_eas.adapter import RoutedAdapter
 
@@ -246,7 +246,7 @@ def test_a_share_of_the_steps_that_no_search_fits_into_is_refused(text: str) -> 
 
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    import compare
+    from examples.compare import __main__ as compare
 
     monkeypatch.setattr(compare, "TASKS", {"copy": tiny_task})
     threads, verbosity = torch.get_num_threads(), logging.get_verbosity()  # its `main` sets them for its process
@@ -256,9 +256,9 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def run_grid(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> list[dict]:
-    """The lines of runs.jsonl behind a run of compare.py, on the tiny task."""
+    """The lines of runs.jsonl behind a run of examples.compare, on the tiny task."""
     fixed = ("--tasks", "copy", "--rounds", "1", "--threads", "1", "--output-dir", str(folder))
-    monkeypatch.setattr(sys, "argv", ["compare.py", *fixed, *options])
+    monkeypatch.setattr(sys, "argv", ["examples.compare", *fixed, *options])
     compare.main()
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
 
@@ -309,7 +309,7 @@ def test_an_interruption_loses_nothing(compare: ModuleType, monkeypatch: pytest.
         file.write('{"task": "copy", "method": "random_ch')  # cut off while it was written
     monkeypatch.setattr(compare, "run", run)
     options = ("--tasks", "copy", "--threads", "1", "--rounds", "1", "--output-dir", str(tmp_path), *options)
-    monkeypatch.setattr(sys, "argv", ["compare.py", *options])
+    monkeypatch.setattr(sys, "argv", ["examples.compare", *options])
     compare.main()
     assert [record["method"] for record in read_lines(path)] == ["lora", "random_choice"]
     assert read_lines(path)[0] == finished[0]

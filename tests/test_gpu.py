@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
-from gpu.parts import Clock, Part, Records, run_part
-from gpu.report import TITLES, verdict, write_report
 from test_examples import run
+
+from examples.gpu.parts import Clock, Part, Records, run_part
+from examples.gpu.report import TITLES, verdict, write_report
 
 
 def case_records(folder):
@@ -17,7 +18,7 @@ def case_records(folder):
 
 
 def test_every_part_runs_at_tiny_sizes_and_none_twice(tmp_path):
-    command = ("gpu/run.py", "--device", "cpu", "--quick", "--output-dir", str(tmp_path))
+    command = ("gpu.run", "--device", "cpu", "--quick", "--output-dir", str(tmp_path))
     printed = run(*command)
     parts = json.loads((tmp_path / "figures.json").read_text())["parts"]
     assert list(parts) == list(TITLES)
@@ -41,7 +42,7 @@ def test_every_part_runs_at_tiny_sizes_and_none_twice(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_rehearsal_is_named():
     with pytest.raises(AssertionError, match=r"no CUDA GPU here.*--device cpu --quick"):
-        run("gpu/run.py")
+        run("gpu.run")
 
 
 def fail():

@@ -7,16 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import difference, needs_easy_vqa
-from lavin.modeling_lavin import (
-    EAS_ARGUMENTS,
-    IMAGE_TOKEN,
-    MODALITY_TOKEN,
-    LavinConfig,
-    LavinForConditionalGeneration,
-    LavinModel,
-)
-from lavin.processing_lavin import LavinProcessor
-from lavin.samples import IGNORE, LavinCollator, Sample
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,6 +24,16 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from examples.lavin.modeling_lavin import (
+    EAS_ARGUMENTS,
+    IMAGE_TOKEN,
+    MODALITY_TOKEN,
+    LavinConfig,
+    LavinForConditionalGeneration,
+    LavinModel,
+)
+from examples.lavin.processing_lavin import LavinProcessor
+from examples.lavin.samples import IGNORE, LavinCollator, Sample
 from peft_eas import EASCallback, EASConfig
 
 WORDS = [
@@ -543,13 +543,13 @@ def test_trainer(lavin, tmp_path):
 @needs_easy_vqa
 def test_easy_vqa(monkeypatch, tmp_path):
     """The task on pictures that are all alike: its parts, and a step of tuning."""
-    import lavin.easy_vqa
-    from task import tune
+    import examples.lavin.easy_vqa
+    from examples.shared.task import tune
 
-    monkeypatch.setattr(lavin.easy_vqa, "load_images", lambda split: None)
+    monkeypatch.setattr(examples.lavin.easy_vqa, "load_images", lambda split: None)
     pixels = torch.zeros(1, 3, 64, 64).expand(4000, -1, -1, -1)
-    monkeypatch.setattr(lavin.easy_vqa, "preprocess", lambda processor, images: pixels)
-    task = lavin.easy_vqa.lavin_easy_vqa()
+    monkeypatch.setattr(examples.lavin.easy_vqa, "preprocess", lambda processor, images: pixels)
+    task = examples.lavin.easy_vqa.lavin_easy_vqa()
     assert (len(task.train), len(task.reward), len(task.test)) == (36631, 1944, 2419)
     base, again = task.load_base(), task.load_base()
     assert base.config.num_image_tokens == 4

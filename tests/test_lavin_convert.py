@@ -6,18 +6,19 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import lavin_convert
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import difference
-from lavin.convert import convert_adapter, load_clip, load_llama, load_tokenizer, read_adapter
-from lavin.modeling_lavin import LavinForConditionalGeneration
-from lavin.processing_lavin import LavinProcessor
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from examples.lavin import convert as lavin_convert
+from examples.lavin.conversion import convert_adapter, load_clip, load_llama, load_tokenizer, read_adapter
+from examples.lavin.modeling_lavin import LavinForConditionalGeneration
+from examples.lavin.processing_lavin import LavinProcessor
 
 WIDTH, HEADS, LAYERS, FFN, VOCAB = 16, 2, 3, 24, 30
 VISION_WIDTH, VISION_LAYERS, PATCH, IMAGE, PROJECTED = 128, 4, 4, 8, 6
@@ -286,7 +287,7 @@ def test_command_line(skip, parts, tmp_path, monkeypatch):
     file = write_adapter(tmp_path / "adapter.pth", weights)
     arguments = ["--llama", str(folder), "--clip", str(path), "--adapter", str(file), "--dtype", "float32"]
     arguments += ["--skip", skip] if skip else []
-    monkeypatch.setattr(sys, "argv", ["lavin_convert.py", *arguments, "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["convert", *arguments, "--output", str(tmp_path / "out")])
     with pytest.warns(UserWarning, match="was converted"):
         lavin_convert.main()
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "base")

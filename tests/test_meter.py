@@ -10,16 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import difference, needs_easy_vqa
-from meter.convert import convert, infer_config, read_checkpoint, resize_positions
-from meter.modeling_meter import (
-    CROSS_MODAL_MHAS,
-    MeterConfig,
-    MeterForImagesAndTextClassification,
-    MeterForImageTextRetrieval,
-    MeterForPreTraining,
-    MeterForVisualQuestionAnswering,
-    MeterModel,
-)
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +23,16 @@ from transformers import (
     TrainingArguments,
 )
 
+from examples.meter.conversion import convert, infer_config, read_checkpoint, resize_positions
+from examples.meter.modeling_meter import (
+    CROSS_MODAL_MHAS,
+    MeterConfig,
+    MeterForImagesAndTextClassification,
+    MeterForImageTextRetrieval,
+    MeterForPreTraining,
+    MeterForVisualQuestionAnswering,
+    MeterModel,
+)
 from peft_eas import EASConfig, attention_similarities
 
 WIDTH, LAYERS, VOCAB, ANSWERS = 16, 2, 30, 5
@@ -649,7 +649,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_recall() -> None:
-    from meter.tasks import recall
+    from examples.meter.tasks import recall
 
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.3, 0.1], [0.4, 0.6, 0.5]])
     fits = torch.tensor([[True, False, False], [True, False, False], [True, False, True]])
@@ -660,7 +660,7 @@ def test_recall() -> None:
 
 
 def test_truth_of_statements() -> None:
-    from meter.wordings import STATEMENTS
+    from examples.meter.wordings import STATEMENTS
 
     # Whether the left and the right image show the thing, and the statements that are then true.
     expected = {
@@ -677,8 +677,8 @@ def test_truth_of_statements() -> None:
 
 @needs_easy_vqa
 def test_what_images_show() -> None:
-    from meter.tasks import load_shown
-    from vqa import load_questions
+    from examples.easy_vqa.data import load_questions
+    from examples.meter.tasks import load_shown
 
     shown = {part: load_shown(part) for part in ("train", "reward", "test")}
     assert {part: len(found) for part, found in shown.items()} == {"train": 2967, "reward": 165, "test": 772}
@@ -692,7 +692,7 @@ def test_what_images_show() -> None:
 
 @needs_easy_vqa
 def test_parts_have_no_image_in_common() -> None:
-    from meter.tasks import nlvr2_data, retrieval_data, vqa_data
+    from examples.meter.tasks import nlvr2_data, retrieval_data, vqa_data
 
     images = {
         part: {
@@ -710,7 +710,7 @@ def test_parts_have_no_image_in_common() -> None:
 
 @needs_easy_vqa
 def test_nlvr2_is_balanced_and_true() -> None:
-    from meter.tasks import load_shown, nlvr2_data
+    from examples.meter.tasks import load_shown, nlvr2_data
 
     items = nlvr2_data("test").items
     counts = Counter((item.texts, item.label) for item in items)
@@ -732,7 +732,7 @@ def test_nlvr2_is_balanced_and_true() -> None:
 
 @needs_easy_vqa
 def test_descriptions_and_galleries() -> None:
-    from meter.tasks import galleries, load_shown, retrieval_data
+    from examples.meter.tasks import galleries, load_shown, retrieval_data
 
     shown = {one.image: one for one in load_shown("train")}
     for item in retrieval_data("train").items[:500]:
@@ -752,7 +752,7 @@ def test_descriptions_and_galleries() -> None:
 @needs_easy_vqa
 def test_tasks_on_the_base() -> None:
     """The shipped base takes every task's batches, whose answers stand where the model reads them."""
-    from meter.tasks import TASKS
+    from examples.meter.tasks import TASKS
 
     for name, make_task in TASKS.items():
         task = make_task()
@@ -767,8 +767,8 @@ def test_tasks_on_the_base() -> None:
 
 @needs_easy_vqa
 def test_base_never_sees_what_the_tasks_ask() -> None:
-    import pretrain_meter
-    from vqa import load_questions
+    from examples.easy_vqa.data import load_questions
+    from examples.meter import pretrain as pretrain_meter
 
     claims = pretrain_meter.build_claims(load_questions("yes/no", "train"))
     for (word, present), texts in claims.items():

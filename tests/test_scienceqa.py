@@ -4,22 +4,22 @@ import json
 import sys
 from pathlib import Path
 
-import lavin_scienceqa
 import pytest
 import torch
-from lavin.answering import generate_texts, num_tokens, rank_letters
-from lavin.batches import AnswerCollator, order_by_length
-from lavin.samples import IGNORE, LavinCollator
-from lavin.scienceqa import INPUTS, OUTPUTS, ScienceQADataset, read_problems, write_prompt
-from lavin.scienceqa_scores import accuracies, accuracy_rows, chance, count, parse_letter
-from lavin.scienceqa_task import load_lavin, make_task, split_problems
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from scienceqa_data import byte_tokenizer, problem, write_data, write_image, write_llm, write_many
-from stages import Stages
 from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from examples.lavin.batches import AnswerCollator, order_by_length
+from examples.lavin.samples import IGNORE, LavinCollator
+from examples.scienceqa import __main__ as lavin_scienceqa
+from examples.scienceqa.answering import generate_texts, num_tokens, rank_letters
+from examples.scienceqa.data import INPUTS, OUTPUTS, ScienceQADataset, read_problems, write_prompt
+from examples.scienceqa.scores import accuracies, accuracy_rows, chance, count, parse_letter
+from examples.scienceqa.task import load_lavin, make_task, split_problems
+from examples.shared.stages import Stages
 from peft_eas import EASConfig
 
 # One with everything: hint, image with caption, and an explanation of two lines.
@@ -389,7 +389,7 @@ def test_command_goes_on_after_an_interruption(
     def start(out: Path, *options: str) -> lavin_scienceqa.Run:
         arguments = ["--data", files / "data", "--llm", files / "llm", "--output-dir", out, "--quick", "--steps", 8]
         arguments += ["--minutes", 600, "--reward-problems", 4, "--batch-size", 4, "--device", "cpu", *options]
-        monkeypatch.setattr(sys, "argv", ["lavin_scienceqa.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["scienceqa", *map(str, arguments)])
         return lavin_scienceqa.Run(lavin_scienceqa.parse_arguments())
 
     trained, interruptions = [], [("eas", 5)]

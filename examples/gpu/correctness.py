@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from gpu.parts import Case, Clock
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_torch_flex_attn_available
 
+from examples.gpu.parts import Case, Clock
 from peft_eas import EASCallback, EASConfig
 from peft_eas.prompt import PROMPT_MASK_KEY
 

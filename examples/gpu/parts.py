@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from json_lines import append_line, read_lines
+
+from examples.shared.json_lines import append_line, read_lines
 
 # How long after its limit a part is stopped in the middle of a case, in seconds.
 GRACE = 15.0

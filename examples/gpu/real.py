@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 import transformers
-from banking77 import banking77
-from baselines.methods import METHODS
-from compare import count_mhas, run
-from gpu.parts import Case, Clock, Records
-from smollm2 import load_folder
-from task import Task, tune
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from examples.compare.methods import METHODS
+from examples.compare.runs import count_mhas, run
+from examples.gpu.parts import Case, Clock, Records
+from examples.shared.banking77 import banking77
+from examples.shared.smollm2 import load_folder
+from examples.shared.task import Task, tune
 
 RUNS = ("nothing_skipped", "eas", "lora")
 SHARE = 0.5

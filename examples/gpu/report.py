@@ -5,11 +5,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from baselines.methods import LABELS as METHODS
-from gpu.parts import Records
-from gpu.speed import ADAPTERS
-from measure import markdown_table
-from variants import LABELS
+from examples.benchmark.variants import LABELS
+from examples.compare.methods import LABELS as METHODS
+from examples.gpu.parts import Records
+from examples.gpu.speed import ADAPTERS
+from examples.shared.measure import markdown_table
 
 GIB = 2**30
 # Titles by part, in the report's order.

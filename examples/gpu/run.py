@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]  # from a plain checkout, too
+sys.path.insert(0, str(ROOT))  # a plain checkout will do
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks for a GPU while being imported leaves it alone
 
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from gpu import correctness, real, report, speed, suite, training  # noqa: E402
-from gpu.parts import FORKED, GRACE, Clock, Part, Records, run_part  # noqa: E402
 
 import peft_eas  # noqa: E402
+from examples.gpu import correctness, real, report, speed, suite, training  # noqa: E402
+from examples.gpu.parts import FORKED, GRACE, Clock, Part, Records, run_part  # noqa: E402
 
 # What each part may take of the time at the most; what one leaves goes to those behind it.
 SHARES = {

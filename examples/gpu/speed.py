@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmark import GraphRunner, Runner
-from fold_cost import synchronize
-from gpu.parts import Case, Clock
-from peak_memory import peak_memory
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from variants import (
+
+from examples.benchmark.fold_cost import synchronize
+from examples.benchmark.runners import GraphRunner, Runner
+from examples.benchmark.variants import (
     LABELS,
     Recipe,
     adapted,
@@ -31,7 +30,8 @@ from variants import (
     share,
     take_attention_out,
 )
-
+from examples.gpu.parts import Case, Clock
+from examples.shared.peak_memory import peak_memory
 from peft_eas.architectures import default_targets
 
 # Tokens that are filled in at once, of all sequences together, to bound what a pass takes beside the cache.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu.parts import Case, Clock
+from examples.gpu.parts import Case, Clock
 
 ROOT = Path(__file__).parents[2]
 FILES = ("test_skipped.py", "test_merge.py", "test_generation.py", "test_prompted.py", "test_model.py")

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu.parts import Case, Clock
-from gpu.speed import free_memory, seconds_of, weights_bytes
-from measure import num_parameters
-from peak_memory import peak_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from variants import load_base
 
+from examples.benchmark.variants import load_base
+from examples.gpu.parts import Case, Clock
+from examples.gpu.speed import free_memory, seconds_of, weights_bytes
+from examples.shared.measure import num_parameters
+from examples.shared.peak_memory import peak_memory
 from peft_eas import EASConfig, EASSearch
 
 

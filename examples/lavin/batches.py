@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lavin.processing_lavin import LavinProcessor
-from lavin.samples import IGNORE, LavinCollator, Sample
+from examples.lavin.processing_lavin import LavinProcessor
+from examples.lavin.samples import IGNORE, LavinCollator, Sample
 
 # So many batches are sorted by length at a time: enough for little padding, few enough to stay mixed.
 SORTED_TOGETHER = 16

@@ -4,16 +4,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
-from lavin.processing_lavin import LavinProcessor
-from lavin.samples import LavinCollator, Sample
-from task import Task
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration
-from vqa import Kind, Question, Split, exact_match, load_images, load_questions, preprocess
 
-BASE = Path(__file__).parents[1] / "base"
+from examples.easy_vqa.data import Kind, Question, Split, exact_match, load_images, load_questions, preprocess
+from examples.lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
+from examples.lavin.processing_lavin import LavinProcessor
+from examples.lavin.samples import LavinCollator, Sample
+from examples.shared.task import Task
+
+BASE = Path(__file__).parents[1] / "easy_vqa" / "base"
 KINDS: tuple[Kind, ...] = ("what", "yes/no")
 TEST_EVERY = 4  # of the test questions one in so many is asked, which leaves more than 2,400
 

@@ -11,6 +11,7 @@ arXiv 2305.15023. This is the model without its adapters, which `peft_eas` bring
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ EAS_ARGUMENTS = {
     "kept_modules": r".*vision_tower.*self_attn",
     "modules_to_save": ["multi_modal_projector", "modality_embedding"],
 }
+# What the KV cache is called among arguments; transformers 5.24 has renamed it.
+CACHE_KEY = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 # Rows of the modality embedding.
 TEXT_ONLY, WITH_IMAGE = 0, 1
 
@@ -237,6 +240,7 @@ class LavinModel(LavinPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LavinModel needs either input_ids or inputs_embeds. Give one of the two.")
         features = None
+        past_key_values = kwargs.pop("cache", past_key_values)
         is_start = past_key_values is None or past_key_values.get_seq_length() == 0
         if inputs_embeds is None:
             if is_start and not torch.compiler.is_compiling():
@@ -252,7 +256,7 @@ class LavinModel(LavinPreTrainedModel):
                 config=self.language_model.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE_KEY: past_key_values},
                 position_ids=position_ids,
                 and_mask_function=hides_modality_token(attention_mask, len(inputs_embeds), inputs_embeds.device),
             )
@@ -260,8 +264,8 @@ class LavinModel(LavinPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE_KEY: past_key_values},
             **kwargs,
         )
         return LavinModelOutput(**outputs, image_hidden_states=features)
@@ -376,7 +380,6 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
         config: LavinConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
@@ -385,7 +388,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
             config=config.get_text_config(),
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_KEY: kwargs[CACHE_KEY]},
             position_ids=position_ids,
             and_mask_function=hides_modality_token(attention_mask, len(inputs_embeds), inputs_embeds.device),
         )
@@ -410,6 +413,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
         Other arguments as in `LavinModel.forward`; `logits_to_keep` is how many of the last logits are wanted, 0 for
         all. `eas_prompt_mask`, which adapters take out of the inputs, is of no use to the model itself.
         """
+        past_key_values = kwargs.pop("cache", past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

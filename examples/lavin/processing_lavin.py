@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lavin.modeling_lavin import IMAGE_TOKEN, MODALITY_TOKEN, LavinConfig
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from examples.lavin.modeling_lavin import IMAGE_TOKEN, MODALITY_TOKEN, LavinConfig
 
 ROUTINGS = ("prompt", "modality")
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lavin.processing_lavin import LavinProcessor, pad
 from torch import Tensor
+
+from examples.lavin.processing_lavin import LavinProcessor, pad
 
 IGNORE = -100  # the label of a token that has no loss
 

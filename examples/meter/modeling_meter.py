@@ -370,7 +370,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
             raise ValueError(
                 f"MeterConfig(type_vocab_size={config.type_vocab_size}) has no token type for the second image of a "
                 "pair. Set it to 3, and start the third embedding as a copy of the second, as "
-                "`python examples/meter_convert.py --pairs` does."
+                "`python -m examples.meter.convert --pairs` does."
             )
         self.meter = MeterModel(config)
         self.nlvr2_classifier = build_classifier(4 * config.hidden_size, 2 * config.hidden_size, config.num_labels)

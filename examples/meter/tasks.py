@@ -4,7 +4,7 @@ What an image shows is known from the questions about it: its colour and its sha
 questions, or a yes/no question and its answer say that they are there. Images of which only one of the two is known
 are used for visual question answering alone. Every twentieth training image is held back for the search's reward.
 
-The base (see pretrain_meter.py) has never seen an answer of a "what" question, a true statement about two images, or a
+The base (see pretrain.py) has never seen an answer of a "what" question, a true statement about two images, or a
 colour and a shape that belong together.
 """
 
@@ -17,17 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measure import on_device
-from meter.modeling_meter import (
-    CROSS_MODAL_MHAS,
-    MeterForImagesAndTextClassification,
-    MeterForImageTextRetrieval,
-    MeterForVisualQuestionAnswering,
-    MeterPreTrainedModel,
-)
-from meter.wordings import DESCRIPTIONS, STATEMENTS
-from pretrain_base import fact
-from task import Task
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -37,8 +26,19 @@ from transformers import (
     AutoProcessor,
     CLIPProcessor,
 )
-from vqa import COLORS, SHAPES, Split, blind_accuracy, load_images, load_questions, preprocess
 
+from examples.easy_vqa.data import COLORS, SHAPES, Split, blind_accuracy, load_images, load_questions, preprocess
+from examples.easy_vqa.pretrain import fact
+from examples.meter.modeling_meter import (
+    CROSS_MODAL_MHAS,
+    MeterForImagesAndTextClassification,
+    MeterForImageTextRetrieval,
+    MeterForVisualQuestionAnswering,
+    MeterPreTrainedModel,
+)
+from examples.meter.wordings import DESCRIPTIONS, STATEMENTS
+from examples.shared.measure import on_device
+from examples.shared.task import Task
 from peft_eas.search import evaluation_mode
 
 BASE = Path(__file__).parent / "base"

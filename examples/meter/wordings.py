@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from vqa import SHAPES
+from examples.easy_vqa.data import SHAPES
 
 # By wording, whether it is true of a pair of images, the left and the right one of which show the thing or do not.
 STATEMENTS: dict[str, Callable[[bool, bool], bool]] = {

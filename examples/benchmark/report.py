@@ -1,11 +1,11 @@
-"""What benchmark.py prints and draws."""
+"""What examples.benchmark prints and draws."""
 
 import statistics
 from pathlib import Path
 from typing import Any
 
-from measure import markdown_table, quartiles
-from variants import LABELS
+from examples.benchmark.variants import LABELS
+from examples.shared.measure import markdown_table, quartiles
 
 TASKS = ("prefill", "decode")
 PAIRS = {

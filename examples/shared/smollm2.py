@@ -28,5 +28,5 @@ def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Loaded:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     if file is not None:
         del model.config.quantization_config  # the weights are no longer GGUF's
-        model.hf_quantizer = None
+        model.hf_quantizer, model.is_quantized = None, False  # which Trainer would ask
     return model.eval(), AutoTokenizer.from_pretrained(folder, **options)

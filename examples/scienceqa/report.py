@@ -1,13 +1,13 @@
-"""The report of examples/lavin_scienceqa.py, from the figures of its stages."""
+"""The report of examples.scienceqa, from the figures of its stages."""
 
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from lavin.scienceqa_scores import accuracies, accuracy_rows, chance
-from measure import markdown_table
-from task import Task
+from examples.scienceqa.scores import accuracies, accuracy_rows, chance
+from examples.shared.measure import markdown_table
+from examples.shared.task import Task
 
 
 def write_report(folder: Path, figures: dict[str, Any], task: Task, data: str, num_mhas: int) -> str:

@@ -1,4 +1,4 @@
-"""What folding costs: a layer by thin products and by the dense way, and the merge of a whole model (benchmark.py)."""
+"""What folding costs: a layer by thin products and by the dense way, and the merge of a whole model."""
 
 import statistics
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peak_memory import peak_memory
 from torch import Tensor, nn
-from variants import Recipe, adapted
 
+from examples.benchmark.variants import Recipe, adapted
+from examples.shared.peak_memory import peak_memory
 from peft_eas.adapter import PropagationAdapter
 from peft_eas.fold import fold, low_rank_map
 

@@ -1,6 +1,6 @@
 """What the search costs: wall time of optimizer steps during it over plain steps with as many MHAs skipped.
 
-    python examples/search_cost.py
+    python -m examples.benchmark.search_cost
 
 A Llama of random weights trains under Trainer with `EASCallback` at its default settings. Blocks of search and blocks
 of plain steps, in which the skip set stays the same, take turns in one run, so that whatever else the machine does
@@ -15,10 +15,10 @@ import time
 from typing import Any
 
 import torch
-from measure import quartiles
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from examples.shared.measure import quartiles
 from peft_eas import EASCallback, EASConfig
 
 

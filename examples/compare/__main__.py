@@ -1,9 +1,9 @@
 """Compares EAS with what it competes against: task x method x share of MHAs skipped x seed.
 
-    python examples/compare.py                               # the whole grid; stop it and start it again at will
-    python examples/compare.py --tasks lavin-easy-vqa --shares 0.5 --seeds 0
-    python examples/compare.py --quick                       # a smoke test of a minute or two
-    python examples/compare.py --report                      # only the table and the figure, from the finished runs
+    python -m examples.compare                               # the whole grid; stop it and start it again at will
+    python -m examples.compare --tasks lavin-easy-vqa --shares 0.5 --seeds 0
+    python -m examples.compare --quick                       # a smoke test of a minute or two
+    python -m examples.compare --report                      # only the table and the figure, from the finished runs
 
 Every run tunes the same base with the same data, steps and learning rate, merges what can be merged, and then scores
 the deployed model and times it against the base, in turns. A finished run is a line of runs.jsonl in --output-dir and
@@ -15,33 +15,24 @@ are given different --tasks or --seeds; --report then makes one table of all.
 import argparse
 import datetime
 import json
-import platform
 import statistics
-import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
-from baselines.methods import METHODS, SKIPS_NOTHING, search_of
-from compare_report import headline, write_report
-from json_lines import append_line, read_lines
-from lavin.easy_vqa import lavin_easy_vqa
-from measure import cache_bytes_per_token, generates, num_parameters, on_device, speed_up, time_models
-from meter.tasks import meter_nlvr2, meter_retrieval, meter_vqa
-from peft import get_peft_model
-from task import Task, tune
-from torch import nn
 from tqdm import tqdm
-from transformers import TrainerCallback, set_seed
 
-import peft_eas
-from peft_eas import EASConfig
+from examples.compare.methods import METHODS, SKIPS_NOTHING
+from examples.compare.report import headline, write_report
+from examples.compare.runs import count_mhas, run, settings_of
+from examples.lavin.easy_vqa import lavin_easy_vqa
+from examples.meter.tasks import meter_nlvr2, meter_retrieval, meter_vqa
+from examples.shared.json_lines import append_line, read_lines
+from examples.shared.task import Task
 
 TASKS: dict[str, Callable[[], Task]] = {
     "lavin-easy-vqa": lavin_easy_vqa,
@@ -74,85 +65,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.output_dir is None:
         arguments.output_dir = Path("outputs/compare_quick" if arguments.quick else "outputs/compare")
     return arguments
-
-
-class SearchTime(TrainerCallback):
-    """Notes how long a run took until what it skips was fixed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.config = getattr(getattr(model, "base_model", model), "active_config", None)
-        self.start = time.perf_counter()
-        self.seconds = 0.0
-        self.is_searching = isinstance(self.config, EASConfig) and self.config.skipped_modules is None
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_searching and self.config.num_skip:
-            self.seconds = time.perf_counter() - self.start
-            self.is_searching = self.config.skipped_modules is None
-
-
-def count_mhas(task: Task) -> int:
-    """How many MHAs of the task's base may be skipped."""
-    return len(get_peft_model(task.load_base(), EASConfig(num_skip=0, **task.eas)).base_model.candidates)
-
-
-def settings_of(task: Task) -> dict[str, Any]:
-    """What else a run depends on, as values for JSON."""
-    search = search_of(task).state()["args"]
-    return {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "eas": task.eas, "search": search}
-
-
-def run(task: Task, num_mhas: int, method: str, share: float, seed: int, rounds: int) -> dict[str, Any]:
-    """Tunes, deploys, scores and times one point of the grid; returns its record."""
-    start = time.perf_counter()
-    base = task.load_base().eval()
-    num_skip = round(share * num_mhas)
-    set_seed(seed)  # of the adapters' first weights
-    prepared = METHODS[method](task.load_base(), task, num_skip, seed)
-    search_time = SearchTime(prepared.model)
-    callbacks = [*prepared.callbacks, search_time]
-    with tempfile.TemporaryDirectory() as folder:
-        tuning = time.perf_counter()
-        tune(prepared.model, task, Path(folder), seed, callbacks, progress=False)
-        tuning = time.perf_counter() - tuning
-    trainable = num_parameters(prepared.model, trainable=True)
-    skipped = getattr(getattr(prepared.model, "base_model", prepared.model), "skipped_modules", [])
-    deployed = prepared.model.merge_and_unload(**prepared.merge_options).eval()
-    scores = task.score(deployed)
-    batch = on_device(task.deployed_batch(), deployed)
-    models = {"base": base.to(deployed.device), "deployed": deployed}
-    seconds = time_models(models, batch, rounds)
-    record = {
-        "task": task.name,
-        "method": method,
-        "share": share,
-        "seed": seed,
-        "steps": task.steps,
-        "settings": settings_of(task),
-        "scores": scores,
-        "num_mhas": num_mhas,
-        "skipped_modules": skipped,
-        "trainable_parameters": trainable,
-        "parameters": {name: num_parameters(model) for name, model in models.items()},
-        "choice_seconds": prepared.choice_seconds + search_time.seconds,
-        "tuning_seconds": tuning,
-        "speed_up": {what: speed_up(times, "deployed") for what, times in seconds.items()},
-        "seconds": {
-            what: {name: statistics.median(own) for name, own in times.items()} for what, times in seconds.items()
-        },
-    }
-    if generates(base):
-        record["cache_bytes_per_token"] = {name: cache_bytes_per_token(model, batch) for name, model in models.items()}
-    return {**record, "run_seconds": time.perf_counter() - start, **_circumstances()}
-
-
-def _circumstances() -> dict[str, Any]:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {module.__name__: module.__version__ for module in (peft_eas, peft, transformers, torch)},
-    }
 
 
 def key_of(record: dict[str, Any]) -> Key:

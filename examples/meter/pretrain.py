@@ -1,7 +1,7 @@
-"""Pretrains the small METER of the examples: `python examples/pretrain_meter.py`.
+"""Pretrains the small METER of the examples: `python -m examples.meter.pretrain`.
 
-Its vision tower is that of examples/base, which pretrain_base.py has taught the colours and shapes, and stays as it
-is. The rest starts at random, and learns as METER did, by image-text matching and by words behind masks. Like the
+Its vision tower is that of examples/easy_vqa/base, which has learnt the colours and shapes, and stays as it is. The
+rest starts at random, and learns as METER did, by image-text matching and by words behind masks. Like the
 base, it must know the words and the images and must not know the tasks of the examples, which are to answer "what"
 questions, to judge statements about two images, and to tell descriptions such as "a red circle" apart. So it is
 trained on the training images with nothing but
@@ -31,9 +31,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from meter.modeling_meter import MeterConfig, MeterForPreTraining
-from meter.wordings import DESCRIPTIONS, thing
-from pretrain_base import AFFIRMATIONS, WORDS, augment, bounding_boxes, fact, known_facts, statements, train
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -45,8 +42,22 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
-from vqa import COLORS, IGNORE, SHAPES, Question, load_images, load_questions, preprocess
 
+from examples.easy_vqa.data import COLORS, IGNORE, SHAPES, Question, load_images, load_questions, preprocess
+from examples.easy_vqa.pretrain import (
+    AFFIRMATIONS,
+    WORDS,
+    augment,
+    bounding_boxes,
+    fact,
+    known_facts,
+    statements,
+    train,
+)
+from examples.meter.modeling_meter import MeterConfig, MeterForPreTraining
+from examples.meter.wordings import DESCRIPTIONS, thing
+
+BASE = Path(__file__).parents[1] / "easy_vqa" / "base"
 WIDTH = 96
 # Of the claims, statements of what is there. The model has to learn to compare text and image by these, before it can
 # learn by negations, each of which turns the truth around.
@@ -255,8 +266,7 @@ def report(folder: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    folder = Path(__file__).parent
-    parser.add_argument("--output", type=Path, default=folder / "meter" / "base", help="folder for the model")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "base", help="folder for the model")
     parser.add_argument("--checkpoints", type=Path, default=Path("outputs/pretrain_meter"), help="to resume from")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
     options = parser.add_argument_group("options that make the weights")
@@ -271,8 +281,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    base = LlavaForConditionalGeneration.from_pretrained(Path(__file__).parent / "base", dtype=torch.float32)
-    base_processor: LlavaProcessor = AutoProcessor.from_pretrained(Path(__file__).parent / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    base_processor: LlavaProcessor = AutoProcessor.from_pretrained(BASE)
     questions = load_questions("yes/no", "train")
     wordings = build_wordings(load_questions("what", "train"))
     claims = [text for texts in build_claims(questions).values() for text in texts]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from json_lines import append_line, read_lines
+from examples.shared.json_lines import append_line, read_lines
 
 
 class Stages:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measure import on_device
-from task import Task
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from examples.shared.measure import on_device
+from examples.shared.task import Task
 
 HELD_BACK = 0.05  # of the training queries, for the search's rewards
 BATCH = 64  # of queries that are answered together

@@ -4,17 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lavin.answering import generate_texts, num_tokens, prompts
-from lavin.batches import AnswerCollator, order_by_length
-from lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
-from lavin.processing_lavin import LavinProcessor
-from lavin.scienceqa import Problem, ScienceQADataset, read_problems
-from lavin.scienceqa_scores import accuracies, parse_letter
-from smollm2 import load_smollm2
-from task import Task
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from examples.lavin.batches import AnswerCollator, order_by_length
+from examples.lavin.modeling_lavin import EAS_ARGUMENTS, LavinForConditionalGeneration
+from examples.lavin.processing_lavin import LavinProcessor
+from examples.scienceqa.answering import generate_texts, num_tokens, prompts
+from examples.scienceqa.data import Problem, ScienceQADataset, read_problems
+from examples.scienceqa.scores import accuracies, parse_letter
+from examples.shared.smollm2 import load_smollm2
+from examples.shared.task import Task
 
 # A letter stands early in an output that starts with the answer, and behind lecture and explanation in others.
 NEW_TOKENS, NEW_TOKENS_BEHIND_A_LECTURE = 16, 512

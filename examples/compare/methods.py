@@ -1,4 +1,4 @@
-"""The methods that compare.py compares: what each puts into a base model, and what it chooses to skip.
+"""The methods that examples.compare compares: what each puts into a base model, and what it chooses to skip.
 
 A method is a function of the base model, which it changes, the task, the number of MHAs to skip, and the seed. It
 returns the model to tune and the callbacks to tune it with. Data, steps and learning rate are the same for all.
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from baselines.das import LayerSkipping
 from peft import LoraConfig, get_peft_model
-from task import Task, reward_interval
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainerCallback
 
+from examples.compare.das import LayerSkipping
+from examples.shared.task import Task, reward_interval
 from peft_eas import EASCallback, EASConfig, attention_similarities
 
 CALIBRATION_BATCHES = 8

@@ -1,12 +1,12 @@
 """Fine-tune a small multi-modal model on easy-VQA, skip half of its attentions, merge, and see what was gained.
 
-    python examples/easy_vqa.py                      # the shipped base model, about 3 minutes on 2 CPU cores
-    python examples/easy_vqa.py --quick              # the same flow as a smoke test, under 2 minutes
-    python examples/easy_vqa.py --llm smollm2        # SmolLM2-135M-Instruct in the place of the text model
-    python examples/easy_vqa.py --model NAME_OR_PATH # any Llava-like checkpoint
+    python -m examples.easy_vqa                      # the shipped base model, about 3 minutes on 2 CPU cores
+    python -m examples.easy_vqa --quick              # the same flow as a smoke test, under 2 minutes
+    python -m examples.easy_vqa --llm smollm2        # SmolLM2-135M-Instruct in the place of the text model
+    python -m examples.easy_vqa --model NAME_OR_PATH # any Llava-like checkpoint
 
-The base model (see pretrain_base.py) answers yes/no questions about the pictures; the task is the "what" questions,
-whose answers it has never seen. It is tuned twice from the same weights, with the same data and number of steps: with
+The base model (see pretrain.py) answers yes/no questions about the pictures; the task is the "what" questions, whose
+answers it has never seen. It is tuned twice from the same weights, with the same data and number of steps: with
 adapters at all attentions (nothing skipped), and with EAS, which searches for the half of the text model's attentions
 that the task does not need. Everything is written to --output-dir: the table (report.md, report.json), the pictures
 skip_map.png and search_curve.png, the EAS adapter, and the merged checkpoint.
@@ -20,17 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import (
-    cache_bytes_per_token,
-    markdown_table,
-    num_parameters,
-    size_on_disk,
-    speed_up,
-    time_models,
-)
 from peft import PeftModel, get_peft_model
-from smollm2 import load_smollm2
-from task import plot_search, reward_interval, search_share
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -41,7 +31,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from vqa import (
+
+from examples.easy_vqa.data import (
     VQACollator,
     VQADataset,
     accuracy,
@@ -52,7 +43,16 @@ from vqa import (
     majority_accuracy,
     preprocess,
 )
-
+from examples.shared.measure import (
+    cache_bytes_per_token,
+    markdown_table,
+    num_parameters,
+    size_on_disk,
+    speed_up,
+    time_models,
+)
+from examples.shared.smollm2 import load_smollm2
+from examples.shared.task import plot_search, reward_interval, search_share
 from peft_eas import EASCallback, EASConfig
 from peft_eas.card import record_speed
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 
-from lavin.scienceqa import LETTERS, Problem
+from examples.scienceqa.data import LETTERS, Problem
 
 # The official classes: a problem with a hint and an image counts in TXT and in IMG, one with neither in NO.
 COLUMNS: dict[str, Callable[[Problem], bool]] = {

@@ -1,8 +1,8 @@
 """Fine-tune LaVIN on ScienceQA, skip half of its attentions, merge, and print the paper's table.
 
-    python examples/lavin_scienceqa.py --data DIR                        # SmolLM2-135M, text and captions
-    python examples/lavin_scienceqa.py --data DIR --llm LLAMA --vision CLIP --format QCM-ALE --dtype bfloat16
-    python examples/lavin_scienceqa.py --data DIR --lavin LAVIN --format QCM-ALE
+    python -m examples.scienceqa --data DIR                        # SmolLM2-135M, text and captions
+    python -m examples.scienceqa --data DIR --llm LLAMA --vision CLIP --format QCM-ALE --dtype bfloat16
+    python -m examples.scienceqa --data DIR --lavin LAVIN --format QCM-ALE
 
 DIR is ScienceQA in its official layout: problems.json, pid_splits.json, captions.json, images/SPLIT/ID/image.png
 (https://github.com/lupantech/ScienceQA). Without --vision or --lavin no image is shown: each sample is text only
@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lavin.answering import generate_texts, rank_letters
-from lavin.scienceqa_report import write_report
-from lavin.scienceqa_scores import parse_letter
-from lavin.scienceqa_task import load_lavin, make_task, new_tokens, split_problems
-from measure import cache_bytes_per_token, num_parameters, on_device, speed_up, time_models
 from peft import PeftModel, get_peft_model
-from stages import Stages
-from task import Task, plot_search, reward_interval, search_share, tune
 from torch import nn
 from transformers import AutoModelForImageTextToText, set_seed
 
+from examples.scienceqa.answering import generate_texts, rank_letters
+from examples.scienceqa.report import write_report
+from examples.scienceqa.scores import parse_letter
+from examples.scienceqa.task import load_lavin, make_task, new_tokens, split_problems
+from examples.shared.measure import cache_bytes_per_token, num_parameters, on_device, speed_up, time_models
+from examples.shared.stages import Stages
+from examples.shared.task import Task, plot_search, reward_interval, search_share, tune
 from peft_eas import EASCallback, EASConfig
 
 # By how much a step takes longer than its passes, for the search's rewards and for saving.

@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from measure import on_device
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from examples.shared.measure import on_device
 from peft_eas.search import evaluation_mode
 
 Kind = Literal["what", "yes/no"]
@@ -60,7 +60,6 @@ def load_images(split: Split) -> Tensor:
 
 
 def _data_folder(split: Split) -> Path:
-    # Not by import: a script named easy_vqa.py beside this file takes the package's place on the path.
     return Path(distribution("easy-vqa").locate_file(f"easy_vqa/data/{split}"))
 
 

@@ -1,4 +1,4 @@
-"""Pretrains the small multi-modal model of the easy-VQA example from scratch: `python examples/pretrain_base.py`.
+"""Pretrains the small multi-modal model of the easy-VQA example from scratch: `python -m examples.easy_vqa.pretrain`.
 
 The base must know the words and the images, and must not know the task that the example then teaches, which is to
 answer the "what" questions. So it is trained on the training images with nothing but
@@ -49,7 +49,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from vqa import (
+
+from examples.easy_vqa.data import (
     COLORS,
     IGNORE,
     IMAGE_TOKEN,

@@ -1,10 +1,10 @@
 """Tune a small METER on three tasks, skip half of its co-attention layers' attentions, merge, and see what was gained.
 
-    python examples/meter_easy_vqa.py                        # all three tasks
-    python examples/meter_easy_vqa.py --task vqa --skip 0.75 # one of them, 18 of 24 attentions skipped
-    python examples/meter_easy_vqa.py --quick                # the same flow as a smoke test
+    python -m examples.meter                        # all three tasks
+    python -m examples.meter --task vqa --skip 0.75 # one of them, 18 of 24 attentions skipped
+    python -m examples.meter --quick                # the same flow as a smoke test
 
-The base is METER in small (see pretrain_meter.py), with 6 co-attention layers in each of its two towers, so with 24
+The base is METER in small (see pretrain.py), with 6 co-attention layers in each of its two towers, so with 24
 attentions, half of them self-attentions, half to the other modality. The tasks, made from easy-VQA's images (see
 meter/tasks.py), are visual question answering, statements about two images as in NLVR2, and retrieval. For each the
 base is tuned twice with the same data and number of steps: with adapters at all attentions (nothing skipped), and with
@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 
 import torch
-from measure import markdown_table, num_parameters, on_device, size_on_disk, speed_up, time_models
-from meter.tasks import AUTO_CLASSES, TASKS, blind_score
 from peft import PeftModel, get_peft_model
-from task import Task, plot_search, reward_interval, search_share, tune
 
+from examples.meter.tasks import AUTO_CLASSES, TASKS, blind_score
+from examples.shared.measure import markdown_table, num_parameters, on_device, size_on_disk, speed_up, time_models
+from examples.shared.task import Task, plot_search, reward_interval, search_share, tune
 from peft_eas import EASCallback, EASConfig
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lavin.samples import Sample
 from PIL import Image
 from torch.utils.data import Dataset
+
+from examples.lavin.samples import Sample
 
 LETTERS = "ABCDE"
 SUBJECTS = ("natural science", "social science", "language science")

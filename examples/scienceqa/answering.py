@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from json_lines import append_line, read_lines
-from lavin.processing_lavin import LavinProcessor
-from lavin.samples import LavinCollator, Sample
-from lavin.scienceqa import LETTERS, ScienceQADataset
-from measure import on_device
 from torch import nn
 from tqdm import tqdm
+
+from examples.lavin.processing_lavin import LavinProcessor
+from examples.lavin.samples import LavinCollator, Sample
+from examples.scienceqa.data import LETTERS, ScienceQADataset
+from examples.shared.json_lines import append_line, read_lines
+from examples.shared.measure import on_device
 
 
 def num_tokens(dataset: ScienceQADataset, processor: LavinProcessor) -> list[int]:
