@@ -79,15 +79,28 @@ def check_context_of_batches(trainer: Trainer, eas: Skippable) -> None:
         )
 
 
+def check_generation(trainer: Trainer) -> None:
+    """Raises a ValueError where TRL is to generate with vLLM, which is given the base's weights and skips nothing."""
+    if getattr(trainer.args, "use_vllm", False):
+        raise ValueError(
+            "With use_vllm=True, completions come from the base model without its EAS adapters, so that training and "
+            "rewards would be of another model than this one. Leave it out, so that transformers generates them."
+        )
+
+
+# Where TRL's trainers gather the figures of each batch for the next log.
+_FIGURES = ("_metrics", "_logs", "_textual_logs", "_stored_metrics")
+
+
 @contextlib.contextmanager
 def untouched_metrics(trainer: Trainer) -> Iterator[None]:
     """Keeps losses computed inside out of the next evaluation's log, into which TRL's trainers put figures of each."""
-    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
+    kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _FIGURES if hasattr(trainer, name)}
     try:
         yield
     finally:
-        if metrics is not None:
-            trainer._metrics = metrics
+        for name, figures in kept.items():
+            setattr(trainer, name, figures)
 
 
 def saved_record(state: TrainerState, name: str) -> dict[str, Any] | None:
