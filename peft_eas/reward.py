@@ -98,11 +98,6 @@ class RewardSet:
                 "EASCallback(reward_dataset=...) or Trainer(eval_dataset=...) with at least one sample that is not "
                 "trained on."
             )
-        # Trainer's loader for a test set knows the collator and the columns to remove. Only these are used: it is
-        # never iterated, so that no worker is started and no random state is touched.
-        loader = trainer.get_test_dataloader(dataset)
-        self._samples: Dataset = loader.dataset
-        self._collate = loader.collate_fn
         # TRL's trainers that compare completions of one prompt want it several times in a row.
         repeats = getattr(trainer, "num_generations_eval", 1)
         order = random.Random(seed).sample(range(len(dataset)), len(dataset))
@@ -110,7 +105,7 @@ class RewardSet:
         self._number: int | None = None
         self._loaded: Any = None
         with preserved_random_state(seed), torch.no_grad(), evaluation_mode(trainer.model):
-            self._check_loss()
+            self._open(dataset)
 
     def loss(self, number: int) -> torch.Tensor:
         """Loss of the model as it is now on this rank's batch of round `number`."""
@@ -134,11 +129,16 @@ class RewardSet:
             # but for the penalty and noise.
             return loss.new_tensor(-rewards[-1]) if rewards else loss
 
-    def _check_loss(self) -> None:
+    def _open(self, dataset: Any) -> None:
         """Refuses a set, or a trainer, that gives no loss. Where a batch has no labels, only the trainer can tell."""
         batch = error = None
         names = self.trainer.label_names
         try:
+            # Trainer's loader for a test set knows the collator and the columns to remove. Only these are used: it is
+            # never iterated, so that no worker is started and no random state is touched.
+            loader = self.trainer.get_test_dataloader(dataset)
+            self._samples: Dataset = loader.dataset
+            self._collate = loader.collate_fn
             batch = self._batch(0)
             if isinstance(batch, Mapping) and names and all(batch.get(name) is not None for name in names):
                 return
@@ -156,6 +156,6 @@ class RewardSet:
         raise ValueError(
             f"{type(self.trainer).__name__} computes no loss on a batch of the {self.source}, so there is nothing to "
             f"compute rewards from ({why}). Give it samples like those that it evaluates on, such as "
-            'eval_dataset={"rewards": ...}, of which it prepares each set and EAS takes the first; or go without a '
-            "search: name the MHAs to skip in EASConfig(skipped_modules=[...]), as attention_similarities() ranks them."
+            'eval_dataset={"rewards": ...}, of which it prepares each set and EAS takes the first; or, without a search, '
+            "name the MHAs to skip in EASConfig(skipped_modules=[...]), as attention_similarities() ranks them."
         ) from error

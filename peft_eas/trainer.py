@@ -80,10 +80,10 @@ def check_context_of_batches(trainer: Trainer, eas: Skippable) -> None:
 
 
 def check_generation(trainer: Trainer) -> None:
-    """Raises a ValueError where TRL is to generate with vLLM, which is given the base's weights and skips nothing."""
+    """Raises a ValueError where one of TRL's trainers is to generate with vLLM."""
     if getattr(trainer.args, "use_vllm", False):
         raise ValueError(
-            "With use_vllm=True, completions come from the base model without its EAS adapters, so that training and "
+            "With use_vllm=True, completions come from vLLM's stock model, which skips no attention: training and "
             "rewards would be of another model than this one. Leave it out, so that transformers generates them."
         )
 
