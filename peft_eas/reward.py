@@ -156,6 +156,7 @@ class RewardSet:
         raise ValueError(
             f"{type(self.trainer).__name__} computes no loss on a batch of the {self.source}, so there is nothing to "
             f"compute rewards from ({why}). Give it samples like those that it evaluates on, such as "
-            'eval_dataset={"rewards": ...}, of which it prepares each set and EAS takes the first; or, without a search, '
-            "name the MHAs to skip in EASConfig(skipped_modules=[...]), as attention_similarities() ranks them."
+            'eval_dataset={"rewards": ...}, of which it prepares each set and EAS takes the first; or leave the '
+            "search out and name the MHAs to skip in EASConfig(skipped_modules=[...]), as attention_similarities() "
+            "ranks them."
         ) from error
