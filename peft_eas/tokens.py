@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
@@ -76,9 +77,13 @@ def _by_layer(config: EASConfig, model: nn.Module, modules: dict[str, nn.Module]
     given = config.trainable_token_indices
     if given is None or isinstance(given, dict):
         return given or {}
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    # As PEFT does, which falls back to the most usual name.
-    return {next((name for name, module in modules.items() if module is embedding), "embed_tokens"): given}
+    with suppress(NotImplementedError, AttributeError):
+        embedding = model.get_input_embeddings()
+        return {next(name for name, module in modules.items() if module is embedding): given}
+    raise ValueError(
+        f"trainable_token_indices={given!r} is a list, but {type(model).__name__} does not tell which is its input "
+        "embedding. Give a dict from its name to the list."
+    )
 
 
 def _ending_in(given: str, modules: dict[str, nn.Module]) -> list[str]:

@@ -5,10 +5,14 @@ import math
 import pytest
 import torch
 from conftest import VOCAB, build_model, difference, logits, mha_names
+from families import ARCHITECTURES, SPECIAL_TOKENS
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_architectures import output
 from transformers import AutoModelForCausalLM
 
 from peft_eas import EASConfig, eas_summary
+from peft_eas.export import to_vllm
 
 EMBEDDINGS = {
     "llama": "model.embed_tokens",
@@ -79,6 +83,40 @@ def test_trained_tokens_are_saved_loaded_and_merged(tmp_path, family, tied) -> N
     merged.save_pretrained(tmp_path / "merged")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(logits(reloaded, INPUTS), logits(merged, INPUTS))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "opt", "siglip", "llava", "paligemma", "modernbert"])
+def test_other_families(tmp_path, name) -> None:
+    """With adapters that are the identity, the model is its base with these rows, in all layers that share them."""
+    family = ARCHITECTURES[name]
+    base, inputs = family.build(), family.make_inputs()
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    tokens = sorted(set(ids.flatten().tolist()) - {0, *SPECIAL_TOKENS})[:6]
+    before = output(base, inputs)
+    config = EASConfig(num_skip=0, context="none", task_type=family.task_type, trainable_token_indices=tokens)
+    model = get_peft_model(family.build(), config).eval()
+    assert torch.equal(output(model, inputs), before)
+    train_tokens(model)
+    with torch.no_grad():
+        rows = next(p for n, p in model.named_parameters() if "trainable_tokens_delta" in n)
+        base.get_input_embeddings().weight[tokens] = rows
+    expected = output(model, inputs)
+    assert difference(expected, before) > 1e-2
+    assert difference(expected, output(base, inputs)) < 1e-6
+    merged = model.merge_and_unload()
+    assert difference(output(merged, inputs), expected) < 1e-5
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(output(type(merged).from_pretrained(tmp_path).eval(), inputs), output(merged, inputs))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_exported_models_have_the_trained_tokens(tmp_path, tied) -> None:
+    merged = make_model("llama", tied).merge_and_unload()
+    folder = to_vllm(merged, tmp_path)
+    weights = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    assert torch.equal(weights["model.embed_tokens.weight"], merged.model.embed_tokens.weight)
+    assert ("lm_head.weight" in weights) != tied
+    assert tied or torch.equal(weights["lm_head.weight"], merged.lm_head.weight)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -235,6 +273,22 @@ def test_a_config_that_does_not_fit_the_model_leaves_it_as_it_was(options, messa
         get_peft_model(model, make_config("llama", **options))
     assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(logits(model, INPUTS), expected)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "tokens", "message"),
+    [
+        ("BertForMaskedLM", [3], r"tokens of cls\.predictions\.decoder, whose bias PEFT leaves out.*modules_to_save"),
+        ("CLIPModel", [3], r"is a list, but CLIPModel does not tell which is its input embedding. Give a dict"),
+    ],
+)
+def test_models_whose_tokens_cannot_be_trained_so(model_class, tokens, message) -> None:
+    model = (
+        ARCHITECTURES["clip"].build() if model_class == "CLIPModel" else build_model("bert", model_class=model_class)
+    )
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, EASConfig(num_skip=0, trainable_token_indices=tokens))
+    assert not any("eas_" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.parametrize(("first", "second"), [("whole", "tokens"), ("tokens", "whole")])
