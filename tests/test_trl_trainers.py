@@ -1,6 +1,5 @@
 """The search in every trainer of TRL: it is rewarded with what the trainer itself computes."""
 
-import importlib
 import json
 import random
 import warnings
@@ -11,7 +10,7 @@ import pytest
 import torch
 from conftest import build_model, difference, logits
 from peft import get_peft_model
-from test_trl import datasets, make_tokenizer, trl
+from test_trl import datasets, make_tokenizer
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.trainer import calling_trainer
@@ -56,7 +55,9 @@ EXPERIMENTAL = ["CPO", "ORPO", "TPO", "GMPO"]
 GENERATING = ("GRPO", "RLOO", "GMPO")
 
 
-def make_data(columns: dict[str, tuple[int, int]], size: int, seed: int):
+def make_data(columns: dict[str, tuple[int, int]], size: int | None, seed: int):
+    if size is None:
+        return None
     draw = random.Random(seed)
     rows = []
     for _ in range(size):
@@ -71,7 +72,7 @@ def make_trainer(
 ):
     """A trainer of TRL; on a new model with an adapter to search for, or on `model` as it is."""
     setting = SETTINGS[name]
-    module = importlib.import_module(setting.module) if setting.module != "trl" else trl
+    module = pytest.importorskip(setting.module)
     trainer_class = getattr(module, f"{name}Trainer", None)
     if trainer_class is None:
         pytest.skip(f"this version of trl has no {name}Trainer")
@@ -186,6 +187,23 @@ def test_a_search_under_dpo_leaves_the_reference_alone(tmp_path) -> None:
     assert all(torch.equal(model.get_parameter(name), value) for name, value in reference.items())
     model.set_adapter("ref")
     assert torch.equal(logits(model.eval(), inputs), logits(build_model("llama"), inputs))
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "Reward"])
+def test_without_an_eval_set_a_slice_of_the_training_set_is_held_back(tmp_path, name) -> None:
+    trainer = make_trainer(name, tmp_path, EASCallback(**SCHEDULE), num_held_out=None)
+    assert len(trainer.train_dataset) == 23
+    trainer.train()
+    assert json.loads((tmp_path / "eas_search.json").read_text())["reward_source"].startswith("held-back part")
+
+
+@pytest.mark.parametrize(("name", "column"), [("DPO", "ref_chosen_logps"), ("KTO", "ref_logps")])
+def test_precomputed_references(tmp_path, name, column) -> None:
+    """TRL computes them for its own sets, not for a slice that is held back of one."""
+    make_trainer(name, tmp_path, EASCallback(**SCHEDULE), precompute_ref_log_probs=True).train()
+    assert (tmp_path / "eas_search.json").exists()
+    trainer = make_trainer(name, tmp_path, EASCallback(**SCHEDULE), num_held_out=None, precompute_ref_log_probs=True)
+    refuse(trainer, f"computes no loss on a batch of the held-back part of the training set.*KeyError: '{column}'")
 
 
 def refuse(trainer, message: str) -> None:
