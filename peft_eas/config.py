@@ -147,16 +147,13 @@ class EASConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        for name in (
-            "base_shape",
-            "scores",
-            "trainable_token_indices",
-        ):  # on a command line these are JSON, as in TrainingArguments
+        # On a command line these are JSON, as in TrainingArguments.
+        for name in ("base_shape", "scores", "trainable_token_indices"):
             if isinstance(getattr(self, name), str):
                 with suppress(json.JSONDecodeError):
                     setattr(self, name, json.loads(getattr(self, name)))
         self._check_names()
-        self._check_tokens()
+        self.check_token_indices()
         self._check_numbers()
         self._check_skipped_modules()
 
@@ -180,7 +177,12 @@ class EASConfig(PeftConfig):
                 allowed = f"{what}, a regular expression over full names" if is_pattern else what
                 raise ValueError(f"EASConfig({name}={value!r}): {name} must be {allowed}, or None.")
 
-    def _check_tokens(self) -> None:
+    def check_token_indices(self) -> None:
+        """Checks `trainable_token_indices`, and leaves out repeats; again at injection, as TRL adds tokens till then.
+
+        Raises:
+            ValueError: for what are no token ids.
+        """
         given = self.trainable_token_indices
         if given is None:
             return

@@ -74,8 +74,7 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
 
 
 def added_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that EAS has added: adapters, copies of `modules_to_save`, trained tokens, and
-    biases from a fold in place."""
+    """Ids of what EAS has added: adapters, copies of `modules_to_save` and of tokens, biases from a fold in place."""
     added = re.compile(r"\.(eas_input|eas_pia|modules_to_save|trainable_tokens_delta)\.")
     ids = {id(parameter) for name, parameter in model.named_parameters() if added.search(f".{name}")}
     layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))

@@ -23,6 +23,7 @@ def check_trained_tokens(config: EASConfig, model: nn.Module) -> None:
         ValueError: for a name that is no embedding's, for ids out of range, and for a layer that `modules_to_save`, or
             another adapter, trains whole.
     """
+    config.check_token_indices()
     # A tied module may have several names, of which the config may give any.
     modules = dict(model.named_modules(remove_duplicate=False))
     saved = {given: _ending_in(given, modules) for given in config.modules_to_save or ()}

@@ -81,10 +81,12 @@ def check_context_of_batches(trainer: Trainer, eas: Skippable) -> None:
 
 def check_generation(trainer: Trainer) -> None:
     """Raises a ValueError where one of TRL's trainers is to generate with vLLM."""
-    if getattr(trainer.args, "use_vllm", False):
+    args = trainer.args
+    if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):  # the asynchronous trainers always do
         raise ValueError(
-            "With use_vllm=True, completions come from vLLM's stock model, which skips no attention: training and "
-            "rewards would be of another model than this one. Leave it out, so that transformers generates them."
+            f"{type(trainer).__name__} is to generate with vLLM (use_vllm=True), but completions there come from a "
+            "stock model, which skips no attention: training and rewards would be of another model than this one. "
+            "Set use_vllm=False, in a trainer that has it, so that transformers generates them."
         )
 
 

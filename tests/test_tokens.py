@@ -138,6 +138,20 @@ def test_only_these_tokens_are_trained_and_counted(tied) -> None:
     assert changed == TOKENS
 
 
+def test_tokens_that_are_added_twice_are_trained_once() -> None:
+    """TRL extends the list that the user has given."""
+    config = make_config("llama", tokens={"embed_tokens": [58]})
+    config.trainable_token_indices["embed_tokens"].extend(TOKENS)
+    model = get_peft_model(build_model("llama"), config)
+    assert config.trainable_token_indices == {"embed_tokens": TOKENS}
+    assert next(p for n, p in model.named_parameters() if "trainable_tokens_delta" in n).shape == (2, 32)
+    model.merge_and_unload()
+    config = make_config("llama", tokens={"embed_tokens": [58]})
+    config.trainable_token_indices["embed_tokens"].append(-1)
+    with pytest.raises(ValueError, match="must be a list of token ids"):
+        get_peft_model(build_model("llama"), config)
+
+
 def test_a_head_that_is_tied_is_not_trained_whole_as_well(tmp_path) -> None:
     """What TRL asks for where a chat template adds tokens; PEFT's LoRA fails in its first pass."""
     config = make_config("llama", tokens={"embed_tokens": TOKENS}, modules_to_save=["lm_head"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import build_model, difference, logits
 from peft import get_peft_model
-from test_trl import datasets, make_tokenizer
+from test_trl import datasets, make_tokenizer, trl
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.trainer import calling_trainer
@@ -53,6 +53,8 @@ SETTINGS = {
 STABLE = [name for name, setting in SETTINGS.items() if setting.module == "trl"]
 EXPERIMENTAL = ["CPO", "ORPO", "TPO", "GMPO"]
 GENERATING = ("GRPO", "RLOO", "GMPO")
+# Before, and in some experimental trainers, the model is given no labels, of which EAS warns.
+PASSES_LABELS = hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 
 def make_data(columns: dict[str, tuple[int, int]], size: int | None, seed: int):
@@ -117,7 +119,9 @@ class Comparing(EASCallback):
 
     def _batch_loss(self, number: int) -> torch.Tensor:
         loss = super()._batch_loss(number)
-        self.losses.append((float(loss), calling_trainer().evaluate()))
+        trainer = calling_trainer()
+        trainer.evaluate()
+        self.losses.append((float(loss), trainer.state.log_history[-1]))
         return loss
 
 
@@ -129,7 +133,7 @@ def test_a_set_is_rewarded_with_what_the_trainer_computes(tmp_path, name, family
     num_held_out = 2 if name in GENERATING else 4  # two prompts with two completions each
     trainer = make_trainer(name, tmp_path, callback, family, num_held_out=num_held_out)
     with warnings.catch_warnings():
-        if name not in EXPERIMENTAL:  # some of these pass the model no labels
+        if PASSES_LABELS and name not in EXPERIMENTAL:
             warnings.filterwarnings("error", message="EAS with context='prompt' trains without labels")
         trainer.train()
     expected = [-f["eval_reward"] if name in GENERATING else f["eval_loss"] for _, f in callback.losses]
@@ -145,10 +149,12 @@ def test_a_set_is_rewarded_with_what_the_trainer_computes(tmp_path, name, family
 def test_rewards_stay_out_of_the_trainers_own_figures(tmp_path, name) -> None:
     trainer = make_trainer(name, tmp_path, EASCallback(**SCHEDULE))
     trainer.train()
-    first, second = trainer.evaluate(), trainer.evaluate()
-    times = {key for key in first if key.endswith(("runtime", "per_second"))}
-    assert len(first) > len(times) + 3
-    assert all(first[key] == second[key] for key in first.keys() - times)
+    for _ in range(2):
+        trainer.evaluate()
+    first, second = (entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    figures = {key for key in first if not key.endswith(("runtime", "per_second"))}
+    assert len(figures) > 3
+    assert all(first[key] == second[key] for key in figures)
 
 
 @pytest.mark.parametrize("following", ["DPO", "KTO", "GRPO", "RLOO"])
@@ -197,13 +203,12 @@ def test_without_an_eval_set_a_slice_of_the_training_set_is_held_back(tmp_path, 
     assert json.loads((tmp_path / "eas_search.json").read_text())["reward_source"].startswith("held-back part")
 
 
-@pytest.mark.parametrize(("name", "column"), [("DPO", "ref_chosen_logps"), ("KTO", "ref_logps")])
-def test_precomputed_references(tmp_path, name, column) -> None:
+def test_precomputed_references(tmp_path) -> None:
     """TRL computes them for its own sets, not for a slice that is held back of one."""
-    make_trainer(name, tmp_path, EASCallback(**SCHEDULE), precompute_ref_log_probs=True).train()
+    make_trainer("DPO", tmp_path, EASCallback(**SCHEDULE), precompute_ref_log_probs=True).train()
     assert (tmp_path / "eas_search.json").exists()
-    trainer = make_trainer(name, tmp_path, EASCallback(**SCHEDULE), num_held_out=None, precompute_ref_log_probs=True)
-    refuse(trainer, f"computes no loss on a batch of the held-back part of the training set.*KeyError: '{column}'")
+    trainer = make_trainer("DPO", tmp_path, EASCallback(**SCHEDULE), num_held_out=None, precompute_ref_log_probs=True)
+    refuse(trainer, r"no loss on a batch of the held-back part of the training set.*KeyError: 'ref_chosen_logps'")
 
 
 def refuse(trainer, message: str) -> None:
@@ -227,4 +232,4 @@ def test_a_set_that_the_trainer_has_not_prepared_is_refused(tmp_path, name) -> N
 def test_vllm_is_refused(tmp_path) -> None:
     trainer = make_trainer("GRPO", tmp_path, EASCallback(**SCHEDULE))
     trainer.args.use_vllm = True  # as a config says where vLLM is installed
-    refuse(trainer, r"With use_vllm=True.*stock model, which skips no attention.*Leave it out")
+    refuse(trainer, r"GRPOTrainer is to generate with vLLM.*stock model, which skips no attention.*Set use_vllm=False")
