@@ -24,7 +24,7 @@ INPUTS = {"input_ids": torch.tensor([[58, 3, 59, 7, 8], [2, 59, 58, 4, 5]])}
 
 
 def make_config(family: str, tokens=TOKENS, skip=(1, 3), **options) -> EASConfig:
-    defaults = {"r": 8, "attention_r": 4, "context": "running", "dropout": 0.0, "init_weights": False}
+    defaults = {"r": 8, "attention_r": 4, "context": "none", "dropout": 0.0, "init_weights": False}
     return EASConfig(
         task_type="CAUSAL_LM",
         skipped_modules=mha_names(family, list(skip)),

@@ -80,7 +80,7 @@ def make_trainer(
         pytest.skip(f"this version of trl has no {name}Trainer")
     given = {key: build_model(family, seed=3) if key == "teacher_model" else v for key, v in setting.trainer.items()}
     if model is None:
-        context = "running" if name == "Distillation" else "prompt"
+        context = "none" if name == "Distillation" else "prompt"  # it calls the body alone, without labels
         head = {"llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"}[family]
         model = build_model(family, **({"model_class": head, "num_labels": 1} if name == "Reward" else {}))
         task = "SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
