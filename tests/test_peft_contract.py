@@ -669,7 +669,7 @@ def test_what_is_refused(device, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    ["layers_to_transform", "layers_pattern", "rank_pattern", "target_parameters", "trainable_token_indices", "bias"],
+    ["layers_to_transform", "layers_pattern", "rank_pattern", "target_parameters", "bias"],
 )
 def test_options_of_other_methods(option):
     with pytest.raises(TypeError, match=option):
