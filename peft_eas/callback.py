@@ -19,6 +19,7 @@ from .skippable import eas_of, needs_search
 from .trainer import (
     calling_trainer,
     check_context_of_batches,
+    check_generation,
     describe_progress,
     forget_best_checkpoint,
     move_to_front,
@@ -51,6 +52,8 @@ class EASCallback(TrainerCallback, ExportableState):
         reward_dataset: what rewards are computed on, in batches of `per_device_eval_batch_size`. Default: the
             Trainer's eval set (the first, if there are several), whose figures are then slightly selected for. Where
             there is none either, 5 % of the training set, at most 512 samples, are held back from training for it.
+            The loss of a batch is what the Trainer computes in its own evaluation; of completions that it generates
+            and scores (TRL's GRPO, RLOO), whose loss tells nothing of the model, minus their mean reward.
         seed: of all that the search draws. Default: the Trainer's.
 
     Raises:
@@ -137,6 +140,7 @@ class EASCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Checks the settings against the run, and starts, resumes or leaves out the search."""
         trainer = calling_trainer()
+        check_generation(trainer)
         check_context_of_batches(trainer, eas_of(model, type(self).__name__, "Trainer"))
         move_to_front(trainer, self)
 

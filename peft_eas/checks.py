@@ -124,7 +124,8 @@ def _check_modules_to_save(config: EASConfig, model: nn.Module, targets: Targets
                 "or around what it wraps. Take it out of modules_to_save, or the MHA beside it out of the targets "
                 "with exclude_modules."
             )
-        if not found and given not in _HEADS:
+        is_of_trl = given == "lm_head" and config.task_type == "SEQ_CLS"  # RewardTrainer with tokens of a template
+        if not found and given not in _HEADS and not is_of_trl:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save!r}: {given!r} is no module of {type(model).__name__}. Give "
                 "names, or their endings, as model.named_modules() lists them."

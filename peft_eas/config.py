@@ -76,6 +76,14 @@ class EASConfig(PeftConfig):
         default=None,
         metadata={"help": "Modules besides the adapters, such as a new head, that are trained and saved."},
     )
+    trainable_token_indices: list[int] | str | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained and saved besides the adapters, such as those that a chat "
+            "template adds: their ids; or a dict from the names of embeddings, or their endings, to ids. An output "
+            "layer that is tied to an embedding is trained with it."
+        },
+    )
     num_skip: int | None = field(
         default=None,
         metadata={
@@ -139,11 +147,13 @@ class EASConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        for name in ("base_shape", "scores"):  # on a command line these are JSON, as in TrainingArguments
+        # On a command line these are JSON, as in TrainingArguments.
+        for name in ("base_shape", "scores", "trainable_token_indices"):
             if isinstance(getattr(self, name), str):
                 with suppress(json.JSONDecodeError):
                     setattr(self, name, json.loads(getattr(self, name)))
         self._check_names()
+        self.check_token_indices()
         self._check_numbers()
         self._check_skipped_modules()
 
@@ -166,6 +176,27 @@ class EASConfig(PeftConfig):
             else:
                 allowed = f"{what}, a regular expression over full names" if is_pattern else what
                 raise ValueError(f"EASConfig({name}={value!r}): {name} must be {allowed}, or None.")
+
+    def check_token_indices(self) -> None:
+        """Checks `trainable_token_indices`, and leaves out repeats; again at injection, as TRL adds tokens till then.
+
+        Raises:
+            ValueError: for what are no token ids.
+        """
+        given = self.trainable_token_indices
+        if given is None:
+            return
+        lists = given.values() if isinstance(given, dict) else [given]
+        names = given if isinstance(given, dict) else ()
+        if not all(isinstance(name, str) and name for name in names) or not all(
+            isinstance(one, (list, tuple)) and all(is_int(python_number(index), 0) for index in one) for one in lists
+        ):
+            raise ValueError(
+                f"EASConfig(trainable_token_indices={given!r}): trainable_token_indices must be a list of token ids "
+                "of at least 0, a dict from names of embeddings to such lists, or None."
+            )
+        distinct = [list(dict.fromkeys(map(python_number, one))) for one in lists]
+        self.trainable_token_indices = dict(zip(names, distinct)) if isinstance(given, dict) else distinct[0]
 
     def _check_numbers(self) -> None:
         def require(name: str, allowed: bool, what: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
 from .merged import FORMAT, check_registered, relative_name, turn_into_merged
 from .provenance import origin
+from .tokens import check_tokens, merge_tokens, unload_tokens
 
 
 class MergingTuner(BaseTuner):
@@ -49,7 +50,12 @@ class MergingTuner(BaseTuner):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
         self._check_merge(names, safe_merge, warn=True)
-        super().merge_adapter(adapter_names=names)
+        check_tokens(self.model, names, safe_merge)
+        self._check_merge_allowed()
+        for layer in self._layers():
+            with onload_layer(layer):
+                layer.merge(adapter_names=names)
+        merge_tokens(self.model, names)
 
     def merge_and_unload(
         self,
@@ -95,6 +101,7 @@ class MergingTuner(BaseTuner):
             adapter_names = names = self._names_to_merge(adapter_names)
             name = names[0]
             self._check_context(names, context)
+            check_tokens(self.model, names, safe_merge)
             self._warn_without_search(name)
             merged = {other for layer in self._layers() for other in layer.merged_adapters}
             if merged and merged != set(names):
@@ -119,6 +126,7 @@ class MergingTuner(BaseTuner):
                 record, kept = record_of_fold(self.model, self._adapted_layers(), names)
             record["origin"] = facts
         self._choose_trained_modules(names if merge else [])
+        unload_tokens(self.model, names if merge else [])
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         self._prompt_hook.remove()
         if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):

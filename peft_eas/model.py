@@ -28,6 +28,7 @@ from .config import EASConfig
 from .layer import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
 from .merging import MergingTuner
 from .prompt import PromptHook
+from .tokens import check_trained_tokens, complete_wrappers, copy_tokens
 
 # Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
 _TASKS_WITHOUT_ANSWER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -57,17 +58,24 @@ class EASModel(MergingTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """See PEFT. A config object that another adapter has already is copied, for each has its own skip set."""
+        """See PEFT. A config object that another adapter has already is copied, for each has its own skip set.
+
+        Trained tokens then begin as that adapter's: so TRL makes its reference, and then copies all but these.
+        """
         config = self.peft_config[adapter_name]
         layers = (module for module in model.modules() if isinstance(module, EASLayer))
         taken = [*self.peft_config.items(), *(item for layer in layers for item in layer.candidate.configs.items())]
-        if any(other is config and name != adapter_name for name, other in taken):
+        copied = next((name for name, other in taken if other is config and name != adapter_name), None)
+        if copied is not None:
             self.peft_config[adapter_name] = replace(config)
         if state_dict is not None:
             parts = ((*key.rpartition(f".{self.prefix}"), value) for key, value in state_dict.items())
             mhas = skippable_mhas(model)
             state_dict = {"".join((_mha_of(path, mhas), dot, end)): value for path, dot, end, value in parts}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        complete_wrappers(model)
+        if copied is not None:
+            copy_tokens(model, copied, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: EASConfig, model_config: dict) -> EASConfig:
         return peft_config  # `_prepare_model` finds the targets, because it has the model to look at
@@ -82,6 +90,7 @@ class EASModel(MergingTuner):
         present = {layer.candidate.name: layer.candidate for layer in model.modules() if isinstance(layer, EASLayer)}
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_name_is_free(name, peft_config, present)
+        check_trained_tokens(peft_config, model)
         peft_config.base_shape = shape
         self._targets = set(targets)
         if peft_config.target_modules is None:

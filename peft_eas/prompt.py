@@ -307,7 +307,7 @@ class PromptHook:
         if self.answer_in_input():
             if isinstance(labels, torch.Tensor) and labels.shape == tokens.shape[:2]:
                 return mask_from_labels(labels, attended, shift)
-            if module.training:
+            if module.training and threading.get_ident() not in self._generations:
                 self._warn_without_labels()
         generation = self._generations.get(threading.get_ident())
         if generation is None:

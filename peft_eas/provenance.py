@@ -74,8 +74,8 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
 
 
 def added_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that EAS has added: adapters, copies of `modules_to_save`, biases from a fold in place."""
-    added = re.compile(r"\.(eas_input|eas_pia|modules_to_save)\.")
+    """Ids of what EAS has added: adapters, copies of `modules_to_save` and of tokens, biases from a fold in place."""
+    added = re.compile(r"\.(eas_input|eas_pia|modules_to_save|trainable_tokens_delta)\.")
     ids = {id(parameter) for name, parameter in model.named_parameters() if added.search(f".{name}")}
     layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
     return ids | {
@@ -111,12 +111,13 @@ def saved_numbers(eas: "EASModel", adapter_name: str) -> int:
 
 
 def _parameters_of(eas: "EASModel", adapter_name: str) -> list[nn.Parameter]:
-    """What is trained with an adapter: its own parameters, and its copies of `modules_to_save`."""
+    """What is trained with an adapter: its own parameters, its copies of `modules_to_save`, its tokens."""
     return [parameter for name, parameter in eas.named_parameters() if _is_of(adapter_name, name)]
 
 
 def _is_of(adapter_name: str, name: str) -> bool:
-    return re.search(rf"\.(eas_\w+|modules_to_save)\.{re.escape(adapter_name)}\.", name) is not None
+    trained = r"eas_\w+|modules_to_save|trainable_tokens_delta"
+    return re.search(rf"\.({trained})\.{re.escape(adapter_name)}(\.|$)", name) is not None
 
 
 def _size(tensor: torch.Tensor) -> int:

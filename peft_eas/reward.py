@@ -1,7 +1,9 @@
 """The held-out batches that the search is rewarded on under Trainer: where they come from, and the loss on them."""
 
+import copy
 import logging
 import random
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import Trainer
 
-from .search import preserved_random_state
+from .search import evaluation_mode, preserved_random_state
 from .trainer import untouched_metrics
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class RewardSet:
         seed: of the order, and of whatever is random in loading a sample.
 
     Raises:
-        ValueError: if the set is empty, or a batch of it has no labels to compute a loss from.
+        ValueError: if the set is empty, or the trainer computes no loss on a batch of it.
     """
 
     def __init__(self, trainer: Trainer, dataset: Any, source: str, seed: int) -> None:
@@ -96,37 +98,65 @@ class RewardSet:
                 "EASCallback(reward_dataset=...) or Trainer(eval_dataset=...) with at least one sample that is not "
                 "trained on."
             )
-        # Trainer's loader for a test set knows the collator and the columns to remove. Only these are used: it is
-        # never iterated, so that no worker is started and no random state is touched.
-        loader = trainer.get_test_dataloader(dataset)
-        self._samples: Dataset = loader.dataset
-        self._collate = loader.collate_fn
-        self._order = random.Random(seed).sample(range(len(dataset)), len(dataset))
+        # TRL's trainers that compare completions of one prompt want it several times in a row.
+        repeats = getattr(trainer, "num_generations_eval", 1)
+        order = random.Random(seed).sample(range(len(dataset)), len(dataset))
+        self._order = [index for index in order for _ in range(repeats)]
         self._number: int | None = None
-        self._loaded: dict[str, Any] = {}
-        with preserved_random_state(seed):
-            self._check_labels(self._batch(0))
+        self._loaded: Any = None
+        with preserved_random_state(seed), torch.no_grad(), evaluation_mode(trainer.model):
+            self._open(dataset)
 
     def loss(self, number: int) -> torch.Tensor:
         """Loss of the model as it is now on this rank's batch of round `number`."""
         if number != self._number:
             self._number, self._loaded = number, self._batch(number)
-        with untouched_metrics(self.trainer):
-            # A copy, as label smoothing takes the labels out.
-            return self.trainer.prediction_step(self.trainer.model, dict(self._loaded), prediction_loss_only=True)[0]
+        return self._loss(self._loaded)
 
-    def _batch(self, number: int) -> dict[str, Any]:
+    def _batch(self, number: int) -> Any:
         args = self.trainer.args
         size = min(args.eval_batch_size, len(self._order))
         start = (number * args.world_size + args.process_index) * size
         return self._collate([self._samples[self._order[i % len(self._order)]] for i in range(start, start + size)])
 
-    def _check_labels(self, batch: dict[str, Any]) -> None:
+    def _loss(self, batch: Any) -> torch.Tensor | None:
+        # A copy, as label smoothing takes the labels out. Some trainers collate nothing and take a list of samples.
+        batch = [copy.copy(sample) for sample in batch] if isinstance(batch, list) else copy.copy(batch)
+        with untouched_metrics(self.trainer):
+            loss = self.trainer.prediction_step(self.trainer.model, batch, prediction_loss_only=True)[0]
+            rewards = getattr(self.trainer, "_metrics", {}).get("eval", {}).get("reward")
+            # The loss of completions that the model has just generated is a gradient's: its value is 0 for every set,
+            # but for the penalty and noise.
+            return loss.new_tensor(-rewards[-1]) if rewards else loss
+
+    def _open(self, dataset: Any) -> None:
+        """Refuses a set, or a trainer, that gives no loss. Where a batch has no labels, only the trainer can tell."""
+        batch = error = None
         names = self.trainer.label_names
-        if all(batch.get(name) is not None for name in names) and (names or self.trainer.can_return_loss):
-            return
+        try:
+            # Trainer's loader for a test set knows the collator and the columns to remove. Only these are used: it is
+            # never iterated, so that no worker is started and no random state is touched.
+            loader = self.trainer.get_test_dataloader(dataset)
+            self._samples: Dataset = loader.dataset
+            self._collate = loader.collate_fn
+            batch = self._batch(0)
+            if isinstance(batch, Mapping) and names and all(batch.get(name) is not None for name in names):
+                return
+            if self._loss(batch) is not None:
+                return
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as caught:
+            error = caught
+        if error is None and isinstance(batch, Mapping):
+            raise ValueError(
+                f"The {self.source} gives no loss to compute rewards from: its batches have {sorted(batch)}, but "
+                f"label_names are {names}. Give it labels, or set TrainingArguments(label_names=...) to what they are "
+                "called."
+            )
+        why = "it evaluates none" if error is None else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"The {self.source} gives no loss to compute rewards from: its batches have {sorted(batch)}, but "
-            f"label_names are {names}. Give it labels, or set TrainingArguments(label_names=...) to what they are "
-            "called."
-        )
+            f"{type(self.trainer).__name__} computes no loss on a batch of the {self.source}, so there is nothing to "
+            f"compute rewards from ({why}). Give it samples like those that it evaluates on, such as "
+            'eval_dataset={"rewards": ...}, of which it prepares each set and EAS takes the first; or leave the '
+            "search out and name the MHAs to skip in EASConfig(skipped_modules=[...]), as attention_similarities() "
+            "ranks them."
+        ) from error

@@ -79,15 +79,30 @@ def check_context_of_batches(trainer: Trainer, eas: Skippable) -> None:
         )
 
 
+def check_generation(trainer: Trainer) -> None:
+    """Raises a ValueError where one of TRL's trainers is to generate with vLLM."""
+    args = trainer.args
+    if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):  # the asynchronous trainers always do
+        raise ValueError(
+            f"{type(trainer).__name__} is to generate with vLLM (use_vllm=True), but completions there come from a "
+            "stock model, which skips no attention: training and rewards would be of another model than this one. "
+            "Set use_vllm=False, in a trainer that has it, so that transformers generates them."
+        )
+
+
+# Where TRL's trainers gather the figures of each batch for the next log.
+_FIGURES = ("_metrics", "_logs", "_textual_logs", "_stored_metrics")
+
+
 @contextlib.contextmanager
 def untouched_metrics(trainer: Trainer) -> Iterator[None]:
     """Keeps losses computed inside out of the next evaluation's log, into which TRL's trainers put figures of each."""
-    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
+    kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _FIGURES if hasattr(trainer, name)}
     try:
         yield
     finally:
-        if metrics is not None:
-            trainer._metrics = metrics
+        for name, figures in kept.items():
+            setattr(trainer, name, figures)
 
 
 def saved_record(state: TrainerState, name: str) -> dict[str, Any] | None:

@@ -669,7 +669,7 @@ def test_what_is_refused(device, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    ["layers_to_transform", "layers_pattern", "rank_pattern", "target_parameters", "trainable_token_indices", "bias"],
+    ["layers_to_transform", "layers_pattern", "rank_pattern", "target_parameters", "bias"],
 )
 def test_options_of_other_methods(option):
     with pytest.raises(TypeError, match=option):
@@ -700,6 +700,7 @@ FULL = {
     "init_weights": False,
     "base_shape": {"num_mhas": 2, "widths": [8]},
     "scores": {"x.a": 1.5},
+    "trainable_token_indices": {"embed": [3, 4]},
 }
 
 
@@ -730,6 +731,7 @@ def test_a_config_from_the_command_line():
     )
     words = line.split()
     words += ["--base_shape", '{"num_mhas": 2, "widths": [8]}', "--scores", '{"x.a": 1.5}']
+    words += ["--trainable_token_indices", '{"embed": [3, 4]}']
     parser = HfArgumentParser(EASConfig)
     assert "--router_temperature" in parser.format_help()
     [config] = parser.parse_args_into_dataclasses(words)
