@@ -14,6 +14,7 @@ from .architectures import Architecture, at_path, default_targets, find_mhas, ha
 from .config import EASConfig
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer
+from .merged import FOLDED_MARK
 from .skipped import SkippedMHA
 
 # What PEFT adds to modules_to_save for some tasks, whether the model has it or not.
@@ -71,13 +72,26 @@ def _check_row(block: nn.Module, block_name: str, row: Architecture) -> None:
         )
 
 
+def _is_merged(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return isinstance(getattr(config, "eas", None), dict) or bool(getattr(config, FOLDED_MARK, False))
+
+
 def find_targets(config: EASConfig, model: nn.Module) -> Targets:
     """The MHAs that the config names, those that it keeps among them, in the model's order.
 
     Raises:
-        ValueError: if the targets match none, or something else; if all are excluded, or none is excluded or kept by a
-            name that is to be; if modules_to_save names what is wrapped, or nothing.
+        ValueError: if the model is merged and the config its base's; if the targets match none, or something else; if
+            all are excluded, or none is excluded or kept by a name that is to be; if modules_to_save names what is
+            wrapped, or nothing.
     """
+    if _is_merged(model) and (config.base_shape or {}).get("merged") is False:
+        raise ValueError(
+            f"This adapter was made for a model before its merge, but {type(model).__name__} is a merged one, into "
+            "which it may have gone already. Use the merged model as it is (without the adapter's files beside its "
+            "own, which transformers would apply), or load the adapter on the base model it was trained on "
+            f"({config.base_model_name_or_path})."
+        )
     known = skippable_mhas(model)
     names = set(default_targets(model)) & set(known)
     if config.target_modules is not None:
@@ -205,7 +219,7 @@ def check_names(names: Iterable[str], candidates: list[str]) -> list[str]:
 
 
 def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[str, Any]:
-    """Returns the base model's shape: its number of MHAs, and the widths in front of the targets' projections.
+    """Returns the base model's shape: its number of MHAs, the targets' widths, and whether it was merged with EAS.
 
     Raises:
         ValueError: if the adapter was made for another shape or is for a task that the model is not for, if `groups`
@@ -218,8 +232,9 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             "adapters cannot stand in front of. Merge with a frozen context (freeze_context()) to train it further."
         )
     widths = sorted({block_width(model, block, row) for block, row in targets.values()})
-    shape = {"num_mhas": len(skippable_mhas(model)), "widths": widths}
-    if config.base_shape is not None and config.base_shape != shape:
+    shape = {"num_mhas": len(skippable_mhas(model)), "widths": widths, "merged": _is_merged(model)}
+    # Adapters that were saved before merged models were told apart may be for either.
+    if config.base_shape is not None and {"merged": _is_merged(model), **config.base_shape} != shape:
         raise ValueError(
             f"This adapter was made for a base model with {config.base_shape}, but this one has {shape}. Load it on "
             f"the base model it was trained on ({config.base_model_name_or_path})."

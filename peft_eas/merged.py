@@ -40,6 +40,8 @@ from .skipped import SkippedMHA
 TYPE_PREFIX = "eas_"  # in front of the base's model type
 # Of the record `eas`. A process may load a checkpoint with the code of another one, which may be older.
 FORMAT = 3
+# In the config of a model that was merged and yet stays a stock one, as nothing was skipped and no bias is new.
+FOLDED_MARK = "eas_merged"
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "

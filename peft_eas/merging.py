@@ -19,7 +19,7 @@ from .checks import check_whole
 from .fold import shift_before
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
-from .merged import FORMAT, check_registered, relative_name, turn_into_merged
+from .merged import FOLDED_MARK, FORMAT, check_registered, relative_name, turn_into_merged
 from .provenance import origin
 
 
@@ -123,6 +123,8 @@ class MergingTuner(BaseTuner):
         self._prompt_hook.remove()
         if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):
             turn_into_merged(model, record, kept)
+        elif record is not None:
+            setattr(model.config, FOLDED_MARK, True)
         return model
 
     def _check_class(self) -> None:
