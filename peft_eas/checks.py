@@ -81,10 +81,18 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
     """The MHAs that the config names, those that it keeps among them, in the model's order.
 
     Raises:
-        ValueError: if the model is merged and the config its base's; if the targets match none, or something else; if
-            all are excluded, or none is excluded or kept by a name that is to be; if modules_to_save names what is
-            wrapped, or nothing.
+        ValueError: if a part of the model is wrapped by torch.compile; if it is merged and the config its base's; if
+            the targets match none, or something else; if all are excluded, or none is excluded or kept by a name that
+            is to be; if modules_to_save names what is wrapped, or nothing.
     """
+    compiled = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
+    if compiled is not None:
+        raise ValueError(
+            f"torch.compile has wrapped {compiled or 'the model'}, so that its weights are named otherwise "
+            "(`_orig_mod`), and neither the adapter nor a merged model would fit any other. Give the module inside, "
+            "`._orig_mod`, to get_peft_model, and compile what that returns, or compile in place with "
+            "module.compile(), which renames nothing."
+        )
     if _is_merged(model) and (config.base_shape or {}).get("merged") is False:
         raise ValueError(
             f"This adapter was made for a model before its merge, but {type(model).__name__} is a merged one, into "
