@@ -15,6 +15,7 @@ from .config import EASConfig
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer
 from .merged import FOLDED_MARK
+from .offloaded import execution_device
 from .skipped import SkippedMHA
 
 # What PEFT adds to modules_to_save for some tasks, whether the model has it or not.
@@ -129,6 +130,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
                     f"{type(model).__name__} are: {shorten(known)}. Name some of these, or leave it out."
                 )
     _check_modules_to_save(config, model, targets)
+    _check_dispatched(model, targets)
     return targets
 
 
@@ -361,3 +363,28 @@ def check_whole(model: nn.Module) -> None:
             "Save the adapter with the full state dict (accelerator.get_state_dict(model)), load it onto the base "
             "model in a new process, and merge there."
         )
+
+
+def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
+    """Raises a ValueError if an adapter would stay in front of weights that device_map keeps on the CPU or on disk."""
+    for layer in layers:
+        if execution_device(layer.base_layer) is not None:
+            raise ValueError(
+                f"device_map offloads {layer.candidate.name} or the FFN behind it, in front of which context='prompt' "
+                "would keep an adapter. Load the base with a device_map that offloads nothing, such as 'cpu', and the "
+                "adapter on it, and merge there; or merge with a frozen context, whose adapters are folded."
+            )
+
+
+def _check_dispatched(model: nn.Module, targets: Targets) -> None:
+    """Raises a ValueError if weights of the targets' blocks are on disk, and nothing would fetch them."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    for block_name in dict.fromkeys(block for block, _ in targets.values()) if "disk" in device_map.values() else ():
+        block = model.get_submodule(block_name)
+        if any(parameter.is_meta for parameter in block.parameters()) and execution_device(block) is None:
+            raise ValueError(
+                f"device_map keeps weights of {block_name} on disk, from where PeftModel.from_pretrained() does not "
+                "bring them back for an EAS adapter. Load the base again, and then the adapter with model = "
+                "get_peft_model(base, EASConfig.from_pretrained(folder)) and set_peft_model_state_dict(model, "
+                "load_peft_weights(folder)); or choose a device_map that keeps nothing on disk."
+            )

@@ -30,6 +30,7 @@ from .fold import (
     unfold,
 )
 from .forward import Attended, Call, replace_hidden_states
+from .offloaded import execution_device, fetched
 from .prompt import PROMPT_KEY
 from .quantised import is_floating, is_quantised
 from .skipped import advance_cache, skipped_return
@@ -277,7 +278,9 @@ class AdaptedLayer(EASLayer):
         for name, projection in self.projections.items() if update is not None else ():
             full_name = f"{self.candidate.block}.{name}"
             check_projection(projection, full_name, with_bias=not self.has_experts)
-            if finite and not fold_is_finite(projection, update):
+            with fetched(projection):
+                is_finite = not finite or fold_is_finite(projection, update)
+            if not is_finite:
                 raise ValueError(  # begins as PEFT's own
                     f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be "
                     f"broken: folding it would put NaN or infinity into {full_name}. Nothing was changed. Train again "
@@ -299,14 +302,17 @@ class AdaptedLayer(EASLayer):
         update = self.low_rank_map(names)
         if update is not None:
             has_bias = not self.has_experts
-            self.fold_records = {path: fold(module, update, has_bias) for path, module in self.projections.items()}
+            for path, projection in self.projections.items():
+                with fetched(projection):
+                    self.fold_records[path] = fold(projection, update, has_bias)
             self.fold_shift = None if has_bias else shift_before(update)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Takes what was folded out of the projections again."""
         for path, record in self.fold_records.items():
-            unfold(self.projections[path], record)
+            with fetched(self.projections[path]):
+                unfold(self.projections[path], record)
         self.fold_records, self.fold_shift = {}, None
         self.merged_adapters.clear()
 
@@ -325,7 +331,7 @@ class AdaptedLayer(EASLayer):
     ) -> tuple[torch.device | None, torch.dtype | None]:
         parameters = list(base_layer.parameters())
         dtype = next((p.dtype for p in parameters if is_floating(p.dtype)), None)  # float8 is no dtype to train in
-        return (parameters[0].device if parameters else None), dtype
+        return execution_device(base_layer) or (parameters[0].device if parameters else None), dtype
 
 
 class MHALayer(AdaptedLayer):

@@ -13,7 +13,7 @@ every merged checkpoint, which so loads without the package.
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,12 +67,15 @@ def apply_record(
             continue
         norm = mha.get_submodule(entry["kept_norm"]) if entry["kept_norm"] else None
         stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm, entry["returns"])
-        _replace(model, name, stub.to(next(mha.parameters()).device))
+        device = next(mha.parameters()).device
+        if device.type == "meta" and any(hasattr(part, "_hf_hook") for part in mha.modules()):
+            device = "cpu"  # of weights that are offloaded, not those of a model that is being loaded
+        _replace(model, name, stub.to(device))
         for norm_name in entry["norms"]:
             _replace(model, norm_name, nn.Identity())
         if entry["branch"] is not None:
             block = _find(model, entry["block"])
-            block.forward = BranchForward(block, entry["branch"], entry["layer_idx"])
+            _set_forward(block, BranchForward(block, entry["branch"], entry["layer_idx"]))
     for name in record["biases"]:
         projection = _find(model, name)
         weight = getattr(projection, "weight", None)
@@ -86,7 +89,7 @@ def apply_record(
             weight = next(parameter for parameter in ffn.parameters() if parameter.is_floating_point())
             shift = kept[name] if kept else torch.zeros(width)
             setattr(ffn, SHIFT_NAME, nn.Parameter(shift.to(weight.device, weight.dtype), weight.requires_grad))
-            ffn.forward = ShiftedForward(ffn)
+            _set_forward(ffn, ShiftedForward(ffn))
     if record.get("context") == "prompt":
         # Under another head than a language model's, labels mark no answer among the tokens.
         has_answer = record["answer_in_input"] and (model.can_generate() or not hasattr(model, "num_labels"))
@@ -123,16 +126,26 @@ def _keep_adapter(
     prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["tokens"])
     skipped = record["skipped"].get(mha)
     if skipped is not None and skipped["branch"] is not None:
-        block.forward.prompted[entry["child"]], block.forward.current = prompted, hook.current
+        branch = _forward_of(block)
+        branch.prompted[entry["child"]], branch.current = prompted, hook.current
         return
     carrier = None
     if entry["stands_for_skipped"] or entry["attended"] is not None:
         attended = entry["attended"] and Attended(*(part and Argument(*part) for part in entry["attended"]))
         carrier = Carrier(hook.current, attended)
         _find(model, mha).register_forward_pre_hook(carrier, with_kwargs=True)
-    if not isinstance(module.forward, AdaptedForward):
-        module.forward = AdaptedForward(module, hook.current, is_counted=entry["stands_for_skipped"])
-    module.forward.prompted.append((prompted, carrier))
+    if not isinstance(_forward_of(module), AdaptedForward):
+        _set_forward(module, AdaptedForward(module, hook.current, is_counted=entry["stands_for_skipped"]))
+    _forward_of(module).prompted.append((prompted, carrier))
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward pass, which may lie inside a hook of accelerate's (`device_map`)."""
+    return getattr(module, "_old_forward", module.forward)
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    setattr(module, "_old_forward" if hasattr(module, "_old_forward") else "forward", forward)
 
 
 def _resolve(model: nn.Module, name: str) -> str:

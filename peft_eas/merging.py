@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .adapter import RoutedAdapter
 from .architectures import join
-from .checks import check_whole
+from .checks import check_not_offloaded, check_whole
 from .fold import shift_before
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
@@ -106,6 +106,7 @@ class MergingTuner(BaseTuner):
             for key in ("r", "attention_r", "trainable_parameters") if len(names) > 1 else ():
                 facts[key] = sum(origin(self, other)[key] for other in names)
             if context == "prompt":
+                check_not_offloaded(self._adapted_layers())
                 record, kept = record_with_adapters(self.model, self._adapted_layers(), name)
                 record["answer_in_input"] = self.answer_in_input(name)
                 if safe_merge:
