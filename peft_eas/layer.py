@@ -33,7 +33,7 @@ from .forward import Attended, Call, replace_hidden_states
 from .offloaded import execution_device, fetched
 from .prompt import PROMPT_KEY
 from .quantised import is_floating, is_quantised
-from .skipped import advance_cache, skipped_return
+from .skipped import advance_cache, fill_cross_slot, skipped_return, slot_of
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
@@ -346,6 +346,7 @@ class MHALayer(AdaptedLayer):
         self.eas_input = nn.ModuleDict()
         names = candidate.architecture.attends
         self.attended = None if names is None else Attended.of(base_layer, names)
+        self.cross_slot = slot_of(base_layer) if candidate.layer_idx is None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""
@@ -361,6 +362,7 @@ class MHALayer(AdaptedLayer):
         if self.is_skipped:
             self.candidate.call.put(call)
             advance_cache(call.cache, self.candidate.layer_idx, z)
+            fill_cross_slot(call.cache, self.cross_slot, z)
             norm = row.kept_norm and at_path(self.base_layer, row.kept_norm.removeprefix(f"{row.mha}."))
             return skipped_return(z, norm, row.returns, kwargs)
         seen = cached_length(call.cache, self.candidate.layer_idx) if self.needs_prompt else 0

@@ -35,7 +35,7 @@ from .forward import (
     ShiftedForward,
 )
 from .prompt import PromptHook
-from .skipped import SkippedMHA
+from .skipped import SkippedMHA, slot_of
 
 TYPE_PREFIX = "eas_"  # in front of the base's model type
 # Of the record `eas`. A process may load a checkpoint with the code of another one, which may be older.
@@ -66,7 +66,8 @@ def apply_record(
         if isinstance(mha, SkippedMHA):  # by the body, which is a merged model itself
             continue
         norm = mha.get_submodule(entry["kept_norm"]) if entry["kept_norm"] else None
-        stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm, entry["returns"])
+        cross_slot = slot_of(mha) if entry["layer_idx"] is None else None
+        stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm, entry["returns"], cross_slot)
         device = next(mha.parameters()).device
         if device.type == "meta" and any(hasattr(part, "_hf_hook") for part in mha.modules()):
             device = "cpu"  # of weights that are offloaded, not those of a model that is being loaded

@@ -173,6 +173,17 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
     cache.update(nothing, nothing, layer_idx)  # not the slot alone: an offloaded cache then fetches the next one
 
 
+def slot_of(mha: nn.Module) -> int | None:
+    """The MHA's slot of the KV cache, which the attention itself knows."""
+    indices = (getattr(module, "layer_idx", None) for module in mha.modules())
+    return next((index for index in indices if isinstance(index, int)), None)
+
+
+def fill_cross_slot(cache: Cache | None, slot: int | None, hidden_states: torch.Tensor) -> None:
+    """Fills a skipped cross-attention's slot with nothing, for who reads every slot, as Whisper's generate() does."""
+    advance_cache(getattr(cache, "cross_attention_cache", None), slot, hidden_states[:, :0])
+
+
 class SkippedMHA(nn.Module):
     """Stands where a deleted MHA was. It has no parameters and computes nothing, but for a post-norm's kept norm.
 
@@ -182,6 +193,7 @@ class SkippedMHA(nn.Module):
         kept_norm: name of the norm inside the MHA that a post-norm block still applies, or None. norm: that norm.
         returns: what the MHA returned behind its output: for each the argument that is handed on, or None; or None
             as a whole if it returned its output alone.
+        cross_slot: slot of the KV cache of a cross-attention, or None.
     """
 
     def __init__(
@@ -191,9 +203,11 @@ class SkippedMHA(nn.Module):
         kept_norm: str | None = None,
         norm: nn.Module | None = None,
         returns: Sequence[str | None] | None = (None,),
+        cross_slot: int | None = None,
     ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.cross_slot = cross_slot
         self.returns = returns
         self.kept_norm = kept_norm
         *parents, last = marker.split(".")
@@ -211,8 +225,8 @@ class SkippedMHA(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block adds to its residual, and no attention weights; shapes as the deleted MHA's."""
-        if self.layer_idx is not None:
-            advance_cache(find_cache(args, kwargs), self.layer_idx, hidden_states)
+        advance_cache(find_cache(args, kwargs), self.layer_idx, hidden_states)
+        fill_cross_slot(find_cache(args, kwargs), self.cross_slot, hidden_states)
         norm = None if self.kept_norm is None else self.get_submodule(self.kept_norm)
         return skipped_return(hidden_states, norm, self.returns, kwargs)
 

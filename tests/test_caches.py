@@ -145,6 +145,26 @@ def test_static_caches_of_other_families(name, context):
     assert torch.equal(merged.generate(**inputs, **settings, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("name", ["whisper", "bart", "t5"])
+def test_the_cache_of_skipped_cross_attentions_is_handed_out(name, num_beams):
+    """Whisper's generate() takes it apart by samples, and reads every slot."""
+    family = ARCHITECTURES[name]
+    names = get_peft_model(family.build(), EASConfig(num_skip=0)).base_model.candidates
+    crossing = [mha for mha in names if mha.endswith(("encoder_attn", "EncDecAttention"))]
+    config = EASConfig(skipped_modules=crossing[:1], context="running", init_weights=False, r=8, attention_r=4)
+    model, inputs = get_peft_model(family.build(), config).eval(), family.make_inputs(length=LENGTH)
+    inputs.pop("decoder_input_ids", None)
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams}
+    expected = model.generate(**inputs, **settings)
+    for which in (model, model.merge_and_unload()):
+        output = which.generate(**inputs, **settings, return_dict_in_generate=True)
+        assert torch.equal(output.sequences[:, -expected.shape[1] :], expected)  # Whisper hands out its start as well
+        slots = output.past_key_values.cross_attention_cache.layers
+        assert {slot.keys.shape[0] for slot in slots} == {len(expected) * num_beams}
+        assert {slot.keys.shape[1] for slot in slots} == {0, 4}
+
+
 def next_logits(model, ids, length, cache):
     mask = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
     with torch.no_grad():
