@@ -258,9 +258,11 @@ def adapter_in_the_way(folder: str | os.PathLike | None, **kwargs: Any) -> str |
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
     path = find_adapter_config_file(folder, **hub)
     config = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
-    base = config.get("base_model_name_or_path") or ""
-    is_of_merged = (config.get("base_shape") or {}).get("merged") or Path(base).absolute() == Path(folder).absolute()
-    if config.get("peft_type") != "EAS" or is_of_merged:
+    base = config.get("base_model_name_or_path")
+    is_its_own = (config.get("base_shape") or {}).get("merged") or (
+        bool(base) and Path(base).absolute() == Path(folder).absolute()
+    )
+    if config.get("peft_type") != "EAS" or is_its_own:
         return None
     return (
         f"Beside the merged model, {folder} holds an EAS adapter (adapter_config.json, adapter_model.safetensors) of "

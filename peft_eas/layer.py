@@ -6,6 +6,7 @@ must agree on, above all which adapters skip the MHA, they share through one `Ca
 """
 
 import threading
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,7 @@ from .fold import (
     unfold,
 )
 from .forward import Attended, Call, replace_hidden_states
-from .offloaded import execution_device, fetched
+from .offloaded import execution_device, fetched, offload_hook
 from .prompt import PROMPT_KEY
 from .quantised import is_floating, is_quantised
 from .skipped import advance_cache, fill_cross_slot, skipped_return, slot_of
@@ -278,7 +279,13 @@ class AdaptedLayer(EASLayer):
         for name, projection in self.projections.items() if update is not None else ():
             full_name = f"{self.candidate.block}.{name}"
             check_projection(projection, full_name, with_bias=not self.has_experts)
-            with fetched(projection):
+            if projection.weight.is_meta and offload_hook(projection) is None:
+                raise ValueError(
+                    f"The weights of {full_name} are not in memory, so that nothing can be folded into them: they are "
+                    "offloaded in a way that is not known here, or on the meta device. Load the base with a "
+                    "device_map that offloads nothing, such as 'cpu', and the adapter on it, and merge there."
+                )
+            with fetched(projection, to_change=False) if finite else nullcontext():
                 is_finite = not finite or fold_is_finite(projection, update)
             if not is_finite:
                 raise ValueError(  # begins as PEFT's own

@@ -21,10 +21,10 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 @contextmanager
-def fetched(module: Any) -> Iterator[None]:
-    """Has the weights of `module` in place meanwhile; as they are then, new ones included, they are offloaded again.
+def fetched(module: Any, to_change: bool = True) -> Iterator[None]:
+    """Has the weights of `module` in place meanwhile; `to_change`, they are offloaded again as they are then.
 
-    Weights that were on disk are kept on the CPU from then on, for the files are not ours to write.
+    Changed weights that were on disk are kept on the CPU from then on, for the files are not ours to write.
     """
     hook = offload_hook(module)
     if hook is None:
@@ -36,7 +36,7 @@ def fetched(module: Any) -> Iterator[None]:
     finally:
         weights, prefix = hook.weights_map, getattr(hook.weights_map, "prefix", "")
         weights = getattr(weights, "dataset", weights)  # of the whole model
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False) if to_change else ():
             if hasattr(weights, "all_keys") and prefix + name not in weights.all_keys:
                 weights.all_keys.append(prefix + name)
             getattr(weights, "state_dict", weights)[prefix + name] = parameter.detach().to("cpu")

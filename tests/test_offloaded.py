@@ -5,6 +5,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import SKIPS, add_eas, build_model, difference, logits, make_eas, make_inputs, mha_names
+from families import ARCHITECTURES
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
@@ -91,6 +92,19 @@ def test_adapters_do_not_stay_in_front_of_offloaded_weights(tmp_path):
     expected = logits(model, inputs)
     with pytest.raises(ValueError, match=r"device_map offloads .*context='prompt'.*such as 'cpu'"):
         model.merge_and_unload(context="prompt")
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_experts_that_are_offloaded_are_refused_before_anything_changes(tmp_path):
+    """Their weights are no modules that could be fetched one at a time."""
+    family = ARCHITECTURES["mixtral"]
+    base = family.build()
+    cpu_offload(base.get_submodule("model.layers.0"), execution_device="cpu")
+    config = EASConfig(skipped_modules=mha_names("llama", [0]), context="running", init_weights=False, r=8)
+    model, inputs = get_peft_model(base, config).eval(), family.make_inputs()
+    expected = logits(model, inputs)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\..* are not in memory.*such as 'cpu'"):
+        model.merge_and_unload()
     assert torch.equal(logits(model, inputs), expected)
 
 
