@@ -5,9 +5,11 @@ Needs nothing but torch, transformers and what they need themselves: it is a par
 
 import ast
 import contextlib
+import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .forward import ADAPTER_NAME
 
@@ -117,9 +120,12 @@ class CheckpointMixin:
         """As the stock class, but never with random weights in the place of missing ones; a new head may be random.
 
         Raises:
-            OSError, ValueError: if files of the checkpoint are missing, damaged, or do not fit its config.
+            OSError, ValueError: if files of the checkpoint are missing, damaged, or do not fit its config; if an EAS
+                adapter lies beside it that was made for another model.
         """
         advice = f"Copy or download {pretrained_model_name_or_path} again, with config.json as it was saved."
+        if is_peft_available() and (in_the_way := adapter_in_the_way(pretrained_model_name_or_path, **kwargs)):
+            raise ValueError(in_the_way)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -192,6 +198,8 @@ class CheckpointMixin:
             processing_class.save_pretrained(folder)
         for function in AFTER_SAVE:
             function(self, folder)
+        if in_the_way := adapter_in_the_way(folder):
+            warnings.warn(f"This merged model was saved, but will not load from there. {in_the_way}", stacklevel=2)
         if push_to_hub:
             self.push_to_hub(
                 hub.pop("repo_id", folder.resolve().name),
@@ -234,6 +242,33 @@ class CheckpointMixin:
             return api.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=[".cache/*"], **kwargs
             )
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def adapter_in_the_way(folder: str | os.PathLike | None, **kwargs: Any) -> str | None:
+    """What to say of an EAS adapter in the merged model's `folder` or repository that does not belong on top of it.
+
+    transformers applies an adapter that it finds beside a model. None if there is none, or if it was trained on the
+    merged model itself. kwargs: among others those of the Hub.
+    """
+    if folder is None:
+        return None
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+    path = find_adapter_config_file(folder, **hub)
+    config = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    base = config.get("base_model_name_or_path")
+    is_its_own = (config.get("base_shape") or {}).get("merged") or (
+        bool(base) and Path(base).absolute() == Path(folder).absolute()
+    )
+    if config.get("peft_type") != "EAS" or is_its_own:
+        return None
+    return (
+        f"Beside the merged model, {folder} holds an EAS adapter (adapter_config.json, adapter_model.safetensors) of "
+        "another model, probably its base. transformers would apply it as well: twice, if it is the one that was "
+        "merged. Move both files to a folder of their own, and load the adapter on its base from there."
+    )
 
 
 def _saved_keys(model: PreTrainedModel) -> set[str]:

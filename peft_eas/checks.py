@@ -14,6 +14,8 @@ from .architectures import Architecture, at_path, default_targets, find_mhas, ha
 from .config import EASConfig
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer
+from .merged import FOLDED_MARK
+from .offloaded import execution_device
 from .skipped import SkippedMHA
 
 # What PEFT adds to modules_to_save for some tasks, whether the model has it or not.
@@ -71,13 +73,34 @@ def _check_row(block: nn.Module, block_name: str, row: Architecture) -> None:
         )
 
 
+def _is_merged(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return isinstance(getattr(config, "eas", None), dict) or bool(getattr(config, FOLDED_MARK, False))
+
+
 def find_targets(config: EASConfig, model: nn.Module) -> Targets:
     """The MHAs that the config names, those that it keeps among them, in the model's order.
 
     Raises:
-        ValueError: if the targets match none, or something else; if all are excluded, or none is excluded or kept by a
-            name that is to be; if modules_to_save names what is wrapped, or nothing.
+        ValueError: if a part of the model is wrapped by torch.compile; if it is merged and the config its base's; if
+            the targets match none, or something else; if all are excluded, or none is excluded or kept by a name that
+            is to be; if modules_to_save names what is wrapped, or nothing.
     """
+    compiled = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
+    if compiled is not None:
+        raise ValueError(
+            f"torch.compile has wrapped {compiled or 'the model'}, so that its weights are named otherwise "
+            "(`_orig_mod`), and neither the adapter nor a merged model would fit any other. Give the module inside, "
+            "`._orig_mod`, to get_peft_model, and compile what that returns, or compile in place with "
+            "module.compile(), which renames nothing."
+        )
+    if _is_merged(model) and (config.base_shape or {}).get("merged") is False:
+        raise ValueError(
+            f"This adapter was made for a model before its merge, but {type(model).__name__} is a merged one, into "
+            "which it may have gone already. Use the merged model as it is (without the adapter's files beside its "
+            "own, which transformers would apply), or load the adapter on the base model it was trained on "
+            f"({config.base_model_name_or_path})."
+        )
     known = skippable_mhas(model)
     names = set(default_targets(model)) & set(known)
     if config.target_modules is not None:
@@ -107,6 +130,7 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
                     f"{type(model).__name__} are: {shorten(known)}. Name some of these, or leave it out."
                 )
     _check_modules_to_save(config, model, targets)
+    _check_dispatched(model, targets)
     return targets
 
 
@@ -206,7 +230,7 @@ def check_names(names: Iterable[str], candidates: list[str]) -> list[str]:
 
 
 def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[str, Any]:
-    """Returns the base model's shape: its number of MHAs, and the widths in front of the targets' projections.
+    """Returns the base model's shape: its number of MHAs, the targets' widths, and whether it was merged with EAS.
 
     Raises:
         ValueError: if the adapter was made for another shape or is for a task that the model is not for, if `groups`
@@ -219,8 +243,9 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             "adapters cannot stand in front of. Merge with a frozen context (freeze_context()) to train it further."
         )
     widths = sorted({block_width(model, block, row) for block, row in targets.values()})
-    shape = {"num_mhas": len(skippable_mhas(model)), "widths": widths}
-    if config.base_shape is not None and config.base_shape != shape:
+    shape = {"num_mhas": len(skippable_mhas(model)), "widths": widths, "merged": _is_merged(model)}
+    # Adapters that were saved before merged models were told apart may be for either.
+    if config.base_shape is not None and {"merged": _is_merged(model), **config.base_shape} != shape:
         raise ValueError(
             f"This adapter was made for a base model with {config.base_shape}, but this one has {shape}. Load it on "
             f"the base model it was trained on ({config.base_model_name_or_path})."
@@ -339,3 +364,28 @@ def check_whole(model: nn.Module) -> None:
             "Save the adapter with the full state dict (accelerator.get_state_dict(model)), load it onto the base "
             "model in a new process, and merge there."
         )
+
+
+def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
+    """Raises a ValueError if an adapter would stay in front of weights that device_map keeps on the CPU or on disk."""
+    for layer in layers:
+        if execution_device(layer.base_layer) is not None:
+            raise ValueError(
+                f"device_map offloads {layer.candidate.name} or the FFN behind it, in front of which context='prompt' "
+                "would keep an adapter. Load the base with a device_map that offloads nothing, such as 'cpu', and the "
+                "adapter on it, and merge there; or merge with a frozen context, whose adapters are folded."
+            )
+
+
+def _check_dispatched(model: nn.Module, targets: Targets) -> None:
+    """Raises a ValueError if weights of the targets' blocks are on disk, and nothing would fetch them."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    for block_name in dict.fromkeys(block for block, _ in targets.values()) if "disk" in device_map.values() else ():
+        block = model.get_submodule(block_name)
+        if any(parameter.is_meta for parameter in block.parameters()) and execution_device(block) is None:
+            raise ValueError(
+                f"device_map keeps weights of {block_name} on disk, from where PeftModel.from_pretrained() does not "
+                "bring them back for an EAS adapter. Load the base again, and then the adapter with model = "
+                "get_peft_model(base, EASConfig.from_pretrained(folder)) and set_peft_model_state_dict(model, "
+                "load_peft_weights(folder)); or choose a device_map that keeps nothing on disk."
+            )

@@ -134,7 +134,10 @@ class EASConfig(PeftConfig):
     )
     base_shape: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Number of MHAs and widths of the base model. Written at injection, checked on loading."},
+        metadata={
+            "help": "Number of MHAs and widths of the base model, and whether it was merged with EAS. Written at "
+            "injection, checked on loading."
+        },
     )
     scores: dict[str, float] | str | None = field(
         default=None,

@@ -6,6 +6,7 @@ must agree on, above all which adapters skip the MHA, they share through one `Ca
 """
 
 import threading
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -30,9 +31,10 @@ from .fold import (
     unfold,
 )
 from .forward import Attended, Call, replace_hidden_states
+from .offloaded import execution_device, fetched, offload_hook
 from .prompt import PROMPT_KEY
 from .quantised import is_floating, is_quantised
-from .skipped import advance_cache, skipped_return
+from .skipped import advance_cache, fill_cross_slot, skipped_return, slot_of
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
@@ -277,7 +279,15 @@ class AdaptedLayer(EASLayer):
         for name, projection in self.projections.items() if update is not None else ():
             full_name = f"{self.candidate.block}.{name}"
             check_projection(projection, full_name, with_bias=not self.has_experts)
-            if finite and not fold_is_finite(projection, update):
+            if projection.weight.is_meta and offload_hook(projection) is None:
+                raise ValueError(
+                    f"The weights of {full_name} are not in memory, so that nothing can be folded into them: they are "
+                    "offloaded in a way that is not known here, or on the meta device. Load the base with a "
+                    "device_map that offloads nothing, such as 'cpu', and the adapter on it, and merge there."
+                )
+            with fetched(projection, to_change=False) if finite else nullcontext():
+                is_finite = not finite or fold_is_finite(projection, update)
+            if not is_finite:
                 raise ValueError(  # begins as PEFT's own
                     f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be "
                     f"broken: folding it would put NaN or infinity into {full_name}. Nothing was changed. Train again "
@@ -299,14 +309,17 @@ class AdaptedLayer(EASLayer):
         update = self.low_rank_map(names)
         if update is not None:
             has_bias = not self.has_experts
-            self.fold_records = {path: fold(module, update, has_bias) for path, module in self.projections.items()}
+            for path, projection in self.projections.items():
+                with fetched(projection):
+                    self.fold_records[path] = fold(projection, update, has_bias)
             self.fold_shift = None if has_bias else shift_before(update)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Takes what was folded out of the projections again."""
         for path, record in self.fold_records.items():
-            unfold(self.projections[path], record)
+            with fetched(self.projections[path]):
+                unfold(self.projections[path], record)
         self.fold_records, self.fold_shift = {}, None
         self.merged_adapters.clear()
 
@@ -325,7 +338,7 @@ class AdaptedLayer(EASLayer):
     ) -> tuple[torch.device | None, torch.dtype | None]:
         parameters = list(base_layer.parameters())
         dtype = next((p.dtype for p in parameters if is_floating(p.dtype)), None)  # float8 is no dtype to train in
-        return (parameters[0].device if parameters else None), dtype
+        return execution_device(base_layer) or (parameters[0].device if parameters else None), dtype
 
 
 class MHALayer(AdaptedLayer):
@@ -340,6 +353,7 @@ class MHALayer(AdaptedLayer):
         self.eas_input = nn.ModuleDict()
         names = candidate.architecture.attends
         self.attended = None if names is None else Attended.of(base_layer, names)
+        self.cross_slot = slot_of(base_layer) if candidate.layer_idx is None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""
@@ -355,6 +369,7 @@ class MHALayer(AdaptedLayer):
         if self.is_skipped:
             self.candidate.call.put(call)
             advance_cache(call.cache, self.candidate.layer_idx, z)
+            fill_cross_slot(call.cache, self.cross_slot, z)
             norm = row.kept_norm and at_path(self.base_layer, row.kept_norm.removeprefix(f"{row.mha}."))
             return skipped_return(z, norm, row.returns, kwargs)
         seen = cached_length(call.cache, self.candidate.layer_idx) if self.needs_prompt else 0

@@ -13,12 +13,12 @@ every merged checkpoint, which so loads without the package.
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -35,20 +35,13 @@ from .forward import (
     ShiftedForward,
 )
 from .prompt import PromptHook
-from .skipped import SkippedMHA
+from .skipped import SkippedMHA, slot_of
 
-FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "gemma3", "olmo2", "phi3"),
-    *("starcoder2", "mixtral", "qwen3_moe", "llama4_text", "llama4", "deepseek_v3"),
-    *("gpt2", "gpt_neox", "falcon", "opt"),
-    *("bert", "roberta", "xlm-roberta", "modernbert", "vit", "dinov2"),
-    *("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model"),
-    *("t5", "bart", "whisper", "encoder-decoder"),
-    *("llava", "llava_next", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "smolvlm", "idefics3"),
-    *("paligemma", "internvl", "vilt", "bridgetower"),
-)
+TYPE_PREFIX = "eas_"  # in front of the base's model type
 # Of the record `eas`. A process may load a checkpoint with the code of another one, which may be older.
 FORMAT = 3
+# In the config of a model that was merged and yet stays a stock one, as nothing was skipped and no bias is new.
+FOLDED_MARK = "eas_merged"
 # Python shows the first 200 characters of what is not a number.
 LOCK = (
     "EAS checkpoint: this class would fill its deleted attentions with random weights. "
@@ -73,13 +66,17 @@ def apply_record(
         if isinstance(mha, SkippedMHA):  # by the body, which is a merged model itself
             continue
         norm = mha.get_submodule(entry["kept_norm"]) if entry["kept_norm"] else None
-        stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm, entry["returns"])
-        _replace(model, name, stub.to(next(mha.parameters()).device))
+        cross_slot = slot_of(mha) if entry["layer_idx"] is None else None
+        stub = SkippedMHA(entry["layer_idx"], entry["marker"], entry["kept_norm"], norm, entry["returns"], cross_slot)
+        device = next(mha.parameters()).device
+        if device.type == "meta" and any(hasattr(part, "_hf_hook") for part in mha.modules()):
+            device = "cpu"  # of weights that are offloaded, not those of a model that is being loaded
+        _replace(model, name, stub.to(device))
         for norm_name in entry["norms"]:
             _replace(model, norm_name, nn.Identity())
         if entry["branch"] is not None:
             block = _find(model, entry["block"])
-            block.forward = BranchForward(block, entry["branch"], entry["layer_idx"])
+            _set_forward(block, BranchForward(block, entry["branch"], entry["layer_idx"]))
     for name in record["biases"]:
         projection = _find(model, name)
         weight = getattr(projection, "weight", None)
@@ -93,7 +90,7 @@ def apply_record(
             weight = next(parameter for parameter in ffn.parameters() if parameter.is_floating_point())
             shift = kept[name] if kept else torch.zeros(width)
             setattr(ffn, SHIFT_NAME, nn.Parameter(shift.to(weight.device, weight.dtype), weight.requires_grad))
-            ffn.forward = ShiftedForward(ffn)
+            _set_forward(ffn, ShiftedForward(ffn))
     if record.get("context") == "prompt":
         # Under another head than a language model's, labels mark no answer among the tokens.
         has_answer = record["answer_in_input"] and (model.can_generate() or not hasattr(model, "num_labels"))
@@ -130,16 +127,26 @@ def _keep_adapter(
     prompted = PromptedAdapter(adapter, entry["layer_idx"], entry["tokens"])
     skipped = record["skipped"].get(mha)
     if skipped is not None and skipped["branch"] is not None:
-        block.forward.prompted[entry["child"]], block.forward.current = prompted, hook.current
+        branch = _forward_of(block)
+        branch.prompted[entry["child"]], branch.current = prompted, hook.current
         return
     carrier = None
     if entry["stands_for_skipped"] or entry["attended"] is not None:
         attended = entry["attended"] and Attended(*(part and Argument(*part) for part in entry["attended"]))
         carrier = Carrier(hook.current, attended)
         _find(model, mha).register_forward_pre_hook(carrier, with_kwargs=True)
-    if not isinstance(module.forward, AdaptedForward):
-        module.forward = AdaptedForward(module, hook.current, is_counted=entry["stands_for_skipped"])
-    module.forward.prompted.append((prompted, carrier))
+    if not isinstance(_forward_of(module), AdaptedForward):
+        _set_forward(module, AdaptedForward(module, hook.current, is_counted=entry["stands_for_skipped"]))
+    _forward_of(module).prompted.append((prompted, carrier))
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward pass, which may lie inside a hook of accelerate's (`device_map`)."""
+    return getattr(module, "_old_forward", module.forward)
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    setattr(module, "_old_forward" if hasattr(module, "_old_forward") else "forward", forward)
 
 
 def _resolve(model: nn.Module, name: str) -> str:
@@ -276,7 +283,7 @@ _CLASSES: dict[type, type] = {}
 
 def merged_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of merged models whose base has the config class `stock`; the same one at every call."""
-    return _subclass(stock, MergedConfigMixin, model_type=f"eas_{stock.model_type}")
+    return _subclass(stock, MergedConfigMixin, model_type=f"{TYPE_PREFIX}{stock.model_type}")
 
 
 def merged_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -297,25 +304,38 @@ def _subclass(stock: type, mixin: type, **attributes: Any) -> type:
     return _CLASSES[stock]
 
 
+class MergedTypes(dict):
+    """What is registered with AutoConfig, and beside it a merged type for every model type that it knows.
+
+    A type is looked up when it is met, so that none is missing, one that is registered later included, and importing
+    this module imports no model's code.
+    """
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or _has_base(model_type)
+
+    def __missing__(self, model_type: str) -> type[PreTrainedConfig]:
+        if not _has_base(model_type):
+            raise KeyError(model_type)
+        return merged_config_class(CONFIG_MAPPING[model_type.removeprefix(TYPE_PREFIX)])
+
+
+def _has_base(model_type: object) -> bool:
+    """Whether it is the type of merged models whose base the Auto classes know."""
+    is_merged = isinstance(model_type, str) and model_type.startswith(TYPE_PREFIX)
+    return is_merged and model_type.removeprefix(TYPE_PREFIX) in CONFIG_MAPPING
+
+
 def register_family(model_type: str) -> type[PreTrainedConfig]:
-    """Lets the Auto classes load merged models whose base has the type `model_type`.
+    """The config class of merged models whose base has the type `model_type`, which the Auto classes load.
 
-    The families of `FAMILIES` are registered on import. For a model that is not transformers' own, call this where it
-    is registered with the Auto classes, so that whoever imports its module can load its merged checkpoints. The module
-    itself should do so only where it is no copy beside a merged model's weights, which need no package to be loaded:
-
-        if not __name__.startswith("transformers_modules."):
-            from peft_eas.merged import register_family
-
-            register_family("my_model")
+    Nothing needs to be registered beforehand: they load merged models of every type that they know (`MergedTypes`).
 
     Raises:
         ValueError: if the Auto classes do not know `model_type`.
     """
     _check_type(model_type)
-    config_class = merged_config_class(CONFIG_MAPPING[model_type])
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    return config_class
+    return merged_config_class(CONFIG_MAPPING[model_type])
 
 
 def check_registered(model_class: type[PreTrainedModel]) -> None:
@@ -432,5 +452,6 @@ def _stock_named(name: str) -> type | None:
     return own or getattr(importlib.import_module("transformers"), name, None)
 
 
-for _family in FAMILIES:
-    register_family(_family)
+# The last module of this kind that is imported makes the classes, not one that lies beside another checkpoint.
+_others = {key: value for key, value in CONFIG_MAPPING._extra_content.items() if not _has_base(key)}
+CONFIG_MAPPING._extra_content = MergedTypes(_others)

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from .adapter import RoutedAdapter
 from .architectures import join
-from .checks import check_whole
+from .checks import check_not_offloaded, check_whole
 from .fold import shift_before
 from .forward import ADAPTER_NAME
 from .layer import AdaptedLayer, EASLayer, MHALayer
-from .merged import FORMAT, check_registered, relative_name, turn_into_merged
+from .merged import FOLDED_MARK, FORMAT, check_registered, relative_name, turn_into_merged
 from .provenance import origin
 from .tokens import check_tokens, merge_tokens, unload_tokens
 
@@ -113,6 +113,7 @@ class MergingTuner(BaseTuner):
             for key in ("r", "attention_r", "trainable_parameters") if len(names) > 1 else ():
                 facts[key] = sum(origin(self, other)[key] for other in names)
             if context == "prompt":
+                check_not_offloaded(self._adapted_layers())
                 record, kept = record_with_adapters(self.model, self._adapted_layers(), name)
                 record["answer_in_input"] = self.answer_in_input(name)
                 if safe_merge:
@@ -131,6 +132,8 @@ class MergingTuner(BaseTuner):
         self._prompt_hook.remove()
         if record is not None and any(record.get(key) for key in ("skipped", "biases", "adapters")):
             turn_into_merged(model, record, kept)
+        elif record is not None:
+            setattr(model.config, FOLDED_MARK, True)
         return model
 
     def _check_class(self) -> None:

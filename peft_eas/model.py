@@ -28,6 +28,7 @@ from .config import EASConfig
 from .layer import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
 from .merging import MergingTuner
 from .prompt import PromptHook
+from .skipped import slot_of
 from .tokens import check_trained_tokens, complete_wrappers, copy_tokens
 
 # Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
@@ -108,7 +109,7 @@ class EASModel(MergingTuner):
             for row in rows_of(block):  # also one that is no target: its adapters' place is among the others'
                 mha = join(name, row.mha)
                 if mha in order and mha not in self._candidates:
-                    layer_idx = _layer_idx(block.get_submodule(row.mha))
+                    layer_idx = slot_of(block.get_submodule(row.mha))
                     self._candidates[mha] = Candidate(mha, name, row, layer_idx, self._prompt_hook.current)
         self._candidates = dict(sorted(self._candidates.items(), key=lambda item: order.index(item[0])))
 
@@ -368,9 +369,3 @@ def _wrapper_of(candidate: Candidate, layer: nn.Module) -> EASLayer | None:
             return layer
         layer = layer.base_layer
     return None
-
-
-def _layer_idx(mha: nn.Module) -> int | None:
-    """The MHA's slot of the KV cache, which the attention itself knows."""
-    indices = (getattr(module, "layer_idx", None) for module in mha.modules())
-    return next((index for index in indices if isinstance(index, int)), None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 
 class NoUpdate:
@@ -95,63 +95,93 @@ def skipped_output(hidden_states: torch.Tensor) -> NoUpdate | torch.Tensor:
 
 
 class EmptyLayer(DynamicLayer):
-    """A growing cache layer of no heads: like any other, but that its length does not depend on its size."""
+    """A growing cache layer of no heads: like any other, but that its length does not depend on its size.
+
+    Once it is reset, it can serve an MHA that is not skipped.
+    """
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has seen tokens of a skipped MHA: its keys are (B, 0, length, 0)."""
+        return self.is_initialized and self.keys.dim() == 4 and self.keys.shape[1] == 0
 
     def get_seq_length(self) -> int:
         """Number of tokens seen."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
+        return self.keys.shape[-2] if self.is_empty else super().get_seq_length()
 
-    def grow(self, num_tokens: int) -> None:
-        """Counts `num_tokens` more tokens."""
-        batch, _, length, _ = self.keys.shape
-        self.keys = self.values = self.keys.new_empty((batch, 0, length + num_tokens, 0))
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts the tokens of keys and values of no heads, (B, 0, T, 0); takes others where it has seen none.
+
+        Raises:
+            ValueError: for keys of an MHA behind those of a skipped one.
+        """
+        if key_states.shape[1] > 0 and self.is_empty:
+            raise ValueError(
+                "The KV cache was filled while the attention of one of its layers was skipped, which it is no longer: "
+                "by another model, or with another skip set. Start with a new cache."
+            )
+        if key_states.shape[1] > 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_empty:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length() + key_states.shape[-2]
+        self.keys = self.values = key_states.new_empty((key_states.shape[0], 0, length, 0))
+        return self.keys, self.values
 
 
 def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: torch.Tensor) -> None:
     """Lets the cache's slot of a skipped MHA count the tokens of `hidden_states`, (B, T, d), and hold nothing else.
 
-    The slot gets keys and values of no heads: they take no memory, but lengths, masks, sliding windows, beams and
-    cropping go on as for any other layer, whichever layer is asked.
+    The slot gets keys and values of no heads: they take no memory, and there is nothing to quantise, but lengths,
+    masks, sliding windows, beams and cropping go on as for any other layer, whichever layer is asked.
 
     Raises:
-        ValueError: if the slot holds keys already, from a time when the MHA was not skipped.
+        ValueError: if the slot holds keys already, from a time when the MHA was not skipped; or a linear attention's
+            state as well.
     """
     if cache is None or layer_idx is None:
         return
     cache = getattr(cache, "self_attention_cache", cache)
-    slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    batch, num_tokens = hidden_states.shape[:2]
-    if slot is not None and slot.is_initialized and slot.keys.dim() == 4:
-        if slot.keys.shape[1] > 0:
-            raise ValueError(
-                f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by "
-                "another model, with another skip set, or by early_initialization(). Start with a new cache."
-            )
-        if isinstance(slot, EmptyLayer):
-            slot.grow(num_tokens)
-            return
-        if type(slot) is DynamicLayer and slot.keys.shape[-2] > 0:
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:  # made without a config
+        cache.layers.append(cache.layer_class_to_replicate())
+    slot = cache.layers[layer_idx]
+    if isinstance(slot, LinearAttentionCacheLayerMixin):
+        raise ValueError(
+            f"The attention of layer {layer_idx} is skipped, but shares its slot of the KV cache with a linear "
+            "attention, so that nothing would count its tokens. Leave it out with exclude_modules, or set "
+            "use_cache=False."
+        )
+    if slot.is_initialized and (slot.keys.shape[1] if slot.keys.dim() == 4 else slot.get_seq_length()) > 0:
+        raise ValueError(
+            f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by "
+            "another model, with another skip set, or by early_initialization(). Start with a new cache."
+        )
+    if isinstance(slot, DynamicLayer) and not slot.is_sliding and not isinstance(slot, EmptyLayer):
+        if slot.is_initialized and slot.keys.dim() == 4 and slot.keys.shape[-2] > 0:
             raise ValueError(
                 f"The KV cache's slot of layer {layer_idx}, whose attention is skipped, was made anew from its keys "
                 "and values, and so has lost its length. Copy the cache with copy.deepcopy()."
             )
-        if isinstance(slot, StaticLayer) and not slot.is_sliding:
-            slot.cumulative_length.add_(num_tokens)  # all that an update would do but for copying nothing
-            return
+        cache.layers[layer_idx] = EmptyLayer()
+    batch, num_tokens = hidden_states.shape[:2]
+    if isinstance(slot, StaticLayer) and slot.is_initialized and not (slot.is_sliding or cache.offloading):
+        slot.cumulative_length.add_(num_tokens)  # all that an update would do but for copying nothing
+        return
     nothing = hidden_states.new_empty((batch, 0, num_tokens, 0))
-    if type(slot) is DynamicLayer or (slot is None and _next_slot_is_dynamic(cache, layer_idx)):
-        empty = EmptyLayer()
-        empty.dtype, empty.device = nothing.dtype, nothing.device
-        empty.keys = empty.values = nothing
-        empty.is_initialized = True
-        cache.layers[layer_idx : layer_idx + 1] = [empty]
-    else:
-        cache.update(nothing, nothing, layer_idx)
+    cache.update(nothing, nothing, layer_idx)  # not the slot alone: an offloaded cache then fetches the next one
 
 
-def _next_slot_is_dynamic(cache: Cache, layer_idx: int) -> bool:
-    """Whether the cache would append a growing slot for the layer, as it does when it was made without a config."""
-    return layer_idx == len(cache.layers) and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer
+def slot_of(mha: nn.Module) -> int | None:
+    """The MHA's slot of the KV cache, which the attention itself knows."""
+    indices = (getattr(module, "layer_idx", None) for module in mha.modules())
+    return next((index for index in indices if isinstance(index, int)), None)
+
+
+def fill_cross_slot(cache: Cache | None, slot: int | None, hidden_states: torch.Tensor) -> None:
+    """Fills a skipped cross-attention's slot with nothing, for who reads every slot, as Whisper's generate() does."""
+    advance_cache(getattr(cache, "cross_attention_cache", None), slot, hidden_states[:, :0])
 
 
 class SkippedMHA(nn.Module):
@@ -163,6 +193,7 @@ class SkippedMHA(nn.Module):
         kept_norm: name of the norm inside the MHA that a post-norm block still applies, or None. norm: that norm.
         returns: what the MHA returned behind its output: for each the argument that is handed on, or None; or None
             as a whole if it returned its output alone.
+        cross_slot: slot of the KV cache of a cross-attention, or None.
     """
 
     def __init__(
@@ -172,9 +203,11 @@ class SkippedMHA(nn.Module):
         kept_norm: str | None = None,
         norm: nn.Module | None = None,
         returns: Sequence[str | None] | None = (None,),
+        cross_slot: int | None = None,
     ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.cross_slot = cross_slot
         self.returns = returns
         self.kept_norm = kept_norm
         *parents, last = marker.split(".")
@@ -192,8 +225,8 @@ class SkippedMHA(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block adds to its residual, and no attention weights; shapes as the deleted MHA's."""
-        if self.layer_idx is not None:
-            advance_cache(find_cache(args, kwargs), self.layer_idx, hidden_states)
+        advance_cache(find_cache(args, kwargs), self.layer_idx, hidden_states)
+        fill_cross_slot(find_cache(args, kwargs), self.cross_slot, hidden_states)
         norm = None if self.kept_norm is None else self.get_submodule(self.kept_norm)
         return skipped_return(hidden_states, norm, self.returns, kwargs)
 

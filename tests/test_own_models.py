@@ -99,9 +99,7 @@ def own_module(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: 
     (folder / f"{name}.py").write_text(MODULE.format(extra=extra))
     monkeypatch.syspath_prepend(str(folder))
     sys.modules.pop(name, None)
-    module = importlib.import_module(name)
-    register_family("own")
-    return module
+    return importlib.import_module(name)
 
 
 def with_adapters(base, skipped=SKIPPED):
@@ -166,7 +164,6 @@ def test_a_module_that_needs_its_package_is_asked_for(tmp_path, monkeypatch):
     (package / "modeling.py").write_text(MODULE.format(extra="from own_package import part"))
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module("own_package.modeling")
-    register_family("own")
     merged_model(module).save_pretrained(tmp_path / "merged")
     code = (tmp_path / "merged" / CODE_FILE).read_text()
     assert code.endswith("from own_package.modeling import OwnConfig, OwnForCausalLM, OwnModel\n")

@@ -443,11 +443,3 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
 AutoConfig.register(LavinConfig.model_type, LavinConfig, exist_ok=True)
 AutoModel.register(LavinConfig, LavinModel, exist_ok=True)
 AutoModelForImageTextToText.register(LavinConfig, LavinForConditionalGeneration, exist_ok=True)
-
-if not __name__.startswith("transformers_modules."):  # beside a merged model's weights, that has its own code
-    try:  # so that whoever imports this module can load merged models
-        from peft_eas.merged import register_family
-    except ImportError:
-        pass
-    else:
-        register_family(LavinConfig.model_type)

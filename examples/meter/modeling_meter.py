@@ -448,11 +448,3 @@ AutoModelForVisualQuestionAnswering.register(MeterConfig, MeterForVisualQuestion
 AutoModelForSequenceClassification.register(MeterConfig, MeterForImagesAndTextClassification, exist_ok=True)
 # It chooses among the texts of an image, given and scored as there.
 AutoModelForMultipleChoice.register(MeterConfig, MeterForImageTextRetrieval, exist_ok=True)
-
-if not __name__.startswith("transformers_modules."):  # beside a merged model's weights, that has its own code
-    try:  # so that whoever imports this module can load merged models
-        from peft_eas.merged import register_family
-    except ImportError:
-        pass
-    else:
-        register_family(MeterConfig.model_type)

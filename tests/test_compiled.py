@@ -1,0 +1,61 @@
+"""A base that is compiled: in place it is as any other; one that torch.compile has wrapped is refused by name."""
+
+import pytest
+import torch
+from conftest import SKIPS, add_eas, build_model, difference, logits, make_eas, make_inputs, mha_names
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def wrap(base: nn.Module, part: str) -> nn.Module:
+    """`base` with what torch.compile makes of its `part`, a module's name."""
+    if not part:
+        return compiled(base)
+    base.set_submodule(part, compiled(base.get_submodule(part)))
+    return base
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [("llama", ""), ("llama", "model.layers.1"), ("llama", "model.layers.1.mlp"), ("gpt2", "transformer.h.2.attn")],
+)
+def test_a_wrapped_base_is_refused_and_left_as_it_was(family, part, tmp_path):
+    make_eas(family, "cpu", SKIPS["half"]).save_pretrained(tmp_path)
+    base = wrap(build_model(family), part)
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    message = (
+        rf"torch\.compile has wrapped {part or 'the model'},.*_orig_mod.*compile what that returns.*\.compile\(\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        add_eas(base, family, SKIPS["half"])
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert [(name, type(module)) for name, module in base.named_modules()] == before
+
+
+@pytest.mark.parametrize("where", ["the base", "its blocks", "what get_peft_model returns"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_remedies(family, where, tmp_path):
+    inputs = make_inputs(family, "cpu")
+    expected = logits(make_eas(family, "cpu", SKIPS["half"], "running"), inputs)
+    base = build_model(family)
+    blocks = [base.get_submodule(name.rpartition(".")[0]) for name in mha_names(family)]
+    for module in {"the base": [base], "its blocks": blocks}.get(where, []):
+        module.compile(backend="eager")
+    model = add_eas(base, family, SKIPS["half"], "running")
+    outer = compiled(model) if where.startswith("what") else model
+    assert difference(logits(outer, inputs), expected) <= 1e-5
+    merged = outer.merge_and_unload()
+    assert difference(logits(merged, inputs), expected) <= 1e-5
+    merged.save_pretrained(tmp_path)
+    assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), expected) <= 1e-5
