@@ -7,9 +7,11 @@ import importlib.metadata
 import os
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 import transformers
+import transformers.integrations.peft
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,12 +19,23 @@ from transformers import PreTrainedModel
 from peft_eas import EASConfig
 
 torch.set_num_threads(1)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 # Stock models show the same there.
 needs_sound_caches = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18),
+    _version(transformers.__version__) < (5, 18),
     reason="before transformers 5.18 assisted decoding goes wrong, and a cache that is reset keeps its length",
 )
-# Not by its module, the name of which examples/easy_vqa.py has, too.
+# transformers 5.24 was out before the PEFT that its own methods ask for.
+needs_peft_of_transformers = pytest.mark.skipif(
+    _version(peft.__version__) < _version(getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0.0")),
+    reason="transformers' own load_adapter and add_adapter ask for a newer peft than is installed",
+)
+# Not by its module, which the package `examples` has one of, too.
 needs_easy_vqa = pytest.mark.skipif(
     not any(distribution.name == "easy-vqa" for distribution in importlib.metadata.distributions()),
     reason="needs the package easy-vqa (extra `examples`)",

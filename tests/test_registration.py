@@ -9,7 +9,17 @@ import sys
 
 import pytest
 import torch
-from conftest import DECODERS, LAYERS, add_eas, build_model, logits, make_eas, make_inputs, mha_names
+from conftest import (
+    DECODERS,
+    LAYERS,
+    add_eas,
+    build_model,
+    logits,
+    make_eas,
+    make_inputs,
+    mha_names,
+    needs_peft_of_transformers,
+)
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -142,6 +152,7 @@ def test_auto_peft_model(family, saved, device):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@needs_peft_of_transformers
 @pytest.mark.parametrize("family", DECODERS)
 def test_load_adapter_of_transformers(family, saved, device):
     base, adapter, inputs, expected = saved[family]
@@ -155,6 +166,7 @@ def test_load_adapter_of_transformers(family, saved, device):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@needs_peft_of_transformers
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_load_adapter_of_transformers_with_a_frozen_context(family, device, tmp_path):
     """The running mean is a buffer, which transformers loads by other means than parameters."""
@@ -167,6 +179,7 @@ def test_load_adapter_of_transformers_with_a_frozen_context(family, device, tmp_
     assert torch.equal(logits(loaded, inputs), expected)
 
 
+@needs_peft_of_transformers
 def test_two_adapters_of_transformers(device, tmp_path):
     inputs = make_inputs("llama", device)
     base = build_model("llama", device)
@@ -228,6 +241,7 @@ def test_generation_with_load_adapter_of_transformers(saved, device):
     assert torch.equal(model.generate(**inputs, **options), reference.generate(**inputs, **options))
 
 
+@needs_peft_of_transformers
 def test_add_adapter_of_transformers(device, tmp_path):
     model = build_model("llama", device)
     inputs = make_inputs("llama", device)

@@ -3,7 +3,19 @@
 import families
 import pytest
 import torch
-from conftest import ALL, LAYERS, SKIPS, VOCAB, WIDTH, WINDOW, add_eas, build_model, make_eas, mha_names
+from conftest import (
+    ALL,
+    LAYERS,
+    SKIPS,
+    VOCAB,
+    WIDTH,
+    WINDOW,
+    add_eas,
+    build_model,
+    make_eas,
+    mha_names,
+    needs_peft_of_transformers,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from training import SCHEDULE, make_trainer
@@ -223,6 +235,7 @@ def test_the_active_adapter_counts():
     assert eas_summary(model.base_model) == eas_summary(model) == eas_summary(model.get_base_model())
 
 
+@needs_peft_of_transformers
 def test_a_model_that_transformers_has_put_the_adapters_into():
     model = build_model("llama")
     model.add_adapter(EASConfig(skipped_modules=mha_names("llama", [1])))
