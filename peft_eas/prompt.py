@@ -20,7 +20,7 @@ class Prompt:
 
     Args:
         mask: boolean, (B, T), True for prompt tokens; None for every token.
-        find: returns such a mask; called when it is first needed, for a pass that goes on behind a KV cache needs none.
+        find: returns such a mask; called when it is first needed: a pass that goes on behind a KV cache needs none.
         is_given: whether it is the user's, and not only what the model's inputs tell.
         is_known: False where the inputs tell nothing of tokens, as an image's.
 

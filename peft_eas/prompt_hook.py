@@ -5,6 +5,7 @@ Needs nothing but torch and transformers: it is a part of the file that a merged
 
 import functools
 import inspect
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +26,8 @@ _PACKED = ("generate_batch", "init_continuous_batching")
 _DECODER_START = "_prepare_decoder_input_ids_for_generation"
 
 _TRAINED_WITHOUT_LABELS = (
-    "EAS with context='prompt' trains without labels in the model's inputs, so that the prompt cannot be told from the "
-    f"answer: all attended tokens count as the prompt, and the adapters see the answer. Pass {PROMPT_MASK_KEY} "
+    "EAS with context='prompt' trains without labels in the model's inputs, so that the prompt cannot be told from "
+    f"the answer: all attended tokens count as the prompt, and the adapters see the answer. Pass {PROMPT_MASK_KEY} "
     "(boolean, the shape of input_ids) beside the inputs, or train with context='running'."
 )
 _SCORED_WITHOUT_LABELS = (
@@ -43,6 +44,9 @@ _LABELS_WITHOUT_PROMPT = (
     "the context within the training: EASCallback's freeze_context_at, or freeze_context()."
 )
 
+_NUMBERS = itertools.count()
+_WARNED: set[tuple[int, str]] = set()
+
 
 class _Pass(NamedTuple):
     """A forward pass that is under way: where it entered the model, its prompt, and the pass around it, if any."""
@@ -53,10 +57,11 @@ class _Pass(NamedTuple):
 
 
 class PromptHook:
-    """Pre-hook that marks the prompt wherever a forward pass may enter a model: of the outermost module that is called.
+    """Pre-hook that marks the prompt where a forward pass enters a model, for the layers beneath.
 
-    That is the model itself, or a module in it that takes tokens, such as its backbone or a language model inside it.
-    Whichever way their `generate` is called, PEFT's or transformers' own, the prompt is what it was given.
+    That is at the model itself, or at a module in it that takes tokens, such as its backbone or a language model; of
+    those under way the outermost decides. Whichever way their `generate` is called, PEFT's or transformers' own, the
+    prompt is what it was given.
 
     Args:
         model: the base model.
@@ -83,7 +88,7 @@ class PromptHook:
         # By thread, as servers run several: what generate() was given, and the pass under way.
         self._generations: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
         self._current: ByThread[_Pass] = ByThread()
-        self._warned: set[str] = set()
+        self._number = next(_NUMBERS)
         self._labels_were_seen = False
         self._entries: dict[nn.Module, str] = {}
         self._handles: list[Any] = []
@@ -216,28 +221,22 @@ class PromptHook:
             return
         self._labels_were_seen = True
         if bool((mask.sum(1) <= 1).all()):
-            self._warn(_LABELS_WITHOUT_PROMPT)
+            _warn_once(self._number, _LABELS_WITHOUT_PROMPT)
 
     def _check_without_labels(self, module: nn.Module, inputs: dict[str, Any], num_tokens: int) -> None:
         if module.training:
-            self._warn(_TRAINED_WITHOUT_LABELS)
+            _warn_once(self._number, _TRAINED_WITHOUT_LABELS)
             return
         # Scores are read off a language model's head; and who gives a KV cache, or asks for one or for the last
         # logits alone, is about to generate.
         head = getattr(module, "get_output_embeddings", None)
         generates = (
             inputs.get("use_cache") is True
-            or isinstance(inputs.get("logits_to_keep"), int)
-            and inputs["logits_to_keep"] == 1
+            or (isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 1)
             or any(isinstance(value, Cache) for value in inputs.values())
         )
         if num_tokens > 1 and not generates and head is not None and head() is not None:
-            self._warn(_SCORED_WITHOUT_LABELS)
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            _warn_while_compiling_too(message)
+            _warn_once(self._number, _SCORED_WITHOUT_LABELS)
 
     # --- generation ------------------------------------------------------------------------------------------------
 
@@ -247,9 +246,7 @@ class PromptHook:
         with self._generation(module, mask, *args, **kwargs):
             return type(module).generate(module, *args, **kwargs)
 
-    def _note_decoder_start(
-        self, module: nn.Module, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _note_decoder_start(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         tokens, rest = getattr(type(module), _DECODER_START)(module, *args, **kwargs)
         self._generations[threading.get_ident()] = tokens, None, False
         return tokens, rest
@@ -334,5 +331,8 @@ def _decodes_encoded(module: nn.Module) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _warn_while_compiling_too(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+def _warn_once(number: int, message: str) -> None:
+    """Warns once for each hook, by its number; a compiler calls it as it is, while it compiles."""
+    if (number, message) not in _WARNED:
+        _WARNED.add((number, message))
+        warnings.warn(message, stacklevel=2)
