@@ -45,7 +45,7 @@ _LABELS_WITHOUT_PROMPT = (
 )
 
 _NUMBERS = itertools.count()
-_WARNED: set[tuple[int, str]] = set()
+_WARNED: set[tuple[str, str]] = set()
 
 
 class _Pass(NamedTuple):
@@ -88,7 +88,7 @@ class PromptHook:
         # By thread, as servers run several: what generate() was given, and the pass under way.
         self._generations: dict[int, tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
         self._current: ByThread[_Pass] = ByThread()
-        self._number = next(_NUMBERS)
+        self._number = str(next(_NUMBERS))  # a compiler may take an integer for one that varies
         self._labels_were_seen = False
         self._entries: dict[nn.Module, str] = {}
         self._handles: list[Any] = []
@@ -331,7 +331,7 @@ def _decodes_encoded(module: nn.Module) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _warn_once(number: int, message: str) -> None:
+def _warn_once(number: str, message: str) -> None:
     """Warns once for each hook, by its number; a compiler calls it as it is, while it compiles."""
     if (number, message) not in _WARNED:
         _WARNED.add((number, message))
