@@ -100,6 +100,24 @@ def test_a_reward_that_trl_reads_off_the_backbone(family, merged, device):
     assert difference(together[:1, 3:], alone) <= 1e-5
 
 
+class Renamed(transformers.LlamaForCausalLM):
+    """A model whose tokens go by another name, until they reach its backbone."""
+
+    def forward(self, tokens, **kwargs):
+        return super().forward(input_ids=tokens, **kwargs)
+
+
+def test_tokens_by_another_name_are_found_further_in(device):
+    inputs = make_inputs("llama", device)
+    inputs["attention_mask"][0, :3] = 0
+    expected = logits(make_eas("llama", device, SKIPS["half"], warm=False), inputs)
+    base = build_model("llama", device)
+    base.__class__ = Renamed
+    model = add_eas(base, "llama", SKIPS["half"], warm=False).get_base_model()
+    inputs["tokens"] = inputs.pop("input_ids")
+    assert torch.equal(logits(model, inputs), expected)
+
+
 @WAYS
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_named_prompt_counts_for_a_part_as_well(family, merged, device):
