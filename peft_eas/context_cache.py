@@ -14,8 +14,14 @@ import torch
 from transformers.cache_utils import Cache
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _slot_class(base: type) -> type:
+    """`_new_slot_class`, called as it is where a compiler would look into it."""
+    return _new_slot_class(base)
+
+
+@functools.cache
+def _new_slot_class(base: type) -> type:
     """A class of cache layer that carries contexts beside what `base` holds, so that they follow the sequences.
 
     `eas_contexts` holds, by key, what the prompt alone decides, of shape (B, …): a context, or what follows from it.

@@ -104,6 +104,9 @@ class Call:
 
         `tokens` tells what m is the mean of: "prompt"; "all"; "attended", what the MHA attends to; or "input", the
         same unless the user has named the prompt.
+
+        Raises:
+            ValueError: if the prompt is needed, but not known.
         """
         if tokens == "all":
             return z.float().mean(1)
@@ -112,7 +115,14 @@ class Call:
             states, mask = self.attended
             states = z if states is None else states
             return masked_mean(states, keys_attended_to(mask, states.shape[:2]))
-        return (self.prompt or Prompt(None)).mean(z)
+        if self.prompt is None or not self.prompt.is_known:
+            raise ValueError(
+                "A block was called outside of a forward pass of the whole model, so that its prompt is not known. "
+                "Give the model, or the part of it that is called, input_ids or inputs_embeds by these names; where "
+                "gradient checkpointing computes the block again (some models' are given no more than they need), "
+                "leave that off; or freeze the context (freeze_context(), before a merge)."
+            )
+        return self.prompt.mean(z)
 
     def as_sequences(self, z: torch.Tensor) -> torch.Tensor:
         """z as (B, T, d), where a block may have flattened it to (B T, d), or packed sequences of any lengths.

@@ -34,7 +34,7 @@ from .forward import (
     PromptedAdapter,
     ShiftedForward,
 )
-from .prompt import PromptHook
+from .prompt_hook import PromptHook
 from .skipped import SkippedMHA, slot_of
 
 TYPE_PREFIX = "eas_"  # in front of the base's model type
@@ -94,7 +94,9 @@ def apply_record(
     if record.get("context") == "prompt":
         # Under another head than a language model's, labels mark no answer among the tokens.
         has_answer = record["answer_in_input"] and (model.can_generate() or not hasattr(model, "num_labels"))
-        hook = PromptHook(model, is_needed=_yes, answer_in_input=_yes if has_answer else _no)
+        of_prompt = [entry for entry in record["adapters"].values() if entry["tokens"] in ("prompt", "input")]
+        blocks = (_find(model, entry["block"]) for entry in of_prompt)
+        hook = PromptHook(model, blocks, _yes, answer_in_input=_yes if has_answer else _no, is_kept=_yes)
         for mha, entry in sorted(record["adapters"].items(), key=lambda item: item[1]["position"]):
             if not hasattr(_find(model, entry["block"]), entry["name"]):
                 _keep_adapter(model, mha, kept[mha] if kept else _new_adapter(entry), record, hook)

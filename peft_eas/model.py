@@ -27,7 +27,7 @@ from .checks import (
 from .config import EASConfig
 from .layer import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
 from .merging import MergingTuner
-from .prompt import PromptHook
+from .prompt_hook import PromptHook
 from .skipped import slot_of
 from .tokens import check_trained_tokens, complete_wrappers, copy_tokens
 
@@ -48,6 +48,8 @@ class EASModel(MergingTuner):
     prefix = "eas_"
     tuner_layer_cls = EASLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # Whether a search trains the model that will freeze the context.
+    awaits_freeze = False
 
     # --- injection -------------------------------------------------------------------------------------------------
 
@@ -100,7 +102,9 @@ class EASModel(MergingTuner):
             self._candidates: dict[str, Candidate] = present
             self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
             hooks = (hook for hook in root._forward_pre_hooks.values() if isinstance(hook, PromptHook))
-            self._prompt_hook = next(hooks, None) or PromptHook(root, self._needs_prompt, self.answer_in_input)
+            self._prompt_hook = next(hooks, None) or PromptHook(
+                root, [], self._needs_prompt, self.answer_in_input, self._keeps_context
+            )
             self.register_load_state_dict_pre_hook(EASModel._refuse_unfit_weights)
         self._newest_adapter, self._prompt_hook.was_used = name, False
         order = list(skippable_mhas(model))
@@ -112,6 +116,8 @@ class EASModel(MergingTuner):
                     layer_idx = slot_of(block.get_submodule(row.mha))
                     self._candidates[mha] = Candidate(mha, name, row, layer_idx, self._prompt_hook.current)
         self._candidates = dict(sorted(self._candidates.items(), key=lambda item: order.index(item[0])))
+        of_prompt = (one for one in self._candidates.values() if one.context_tokens in ("prompt", "input"))
+        self._prompt_hook.add_entries(model.get_submodule(candidate.block) for candidate in of_prompt)
 
     def _check_name_is_free(self, name: str, config: EASConfig, present: dict[str, Candidate]) -> None:
         if not name or "." in name or hasattr(nn.ModuleDict(), name):
@@ -221,6 +227,9 @@ class EASModel(MergingTuner):
     def _needs_prompt(self) -> bool:
         by_prompt = any(config.context == "prompt" for config in self.peft_config.values())
         return by_prompt and any(layer.needs_prompt for layer in self._adapted_layers())
+
+    def _keeps_context(self) -> bool:
+        return not self.awaits_freeze
 
     def answer_in_input(self, adapter_name: str | None = None) -> bool:
         """Whether the labels, by the adapter's task and the base's kind, mark an answer among the input's tokens.

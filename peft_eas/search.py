@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .bandit import AttentionBandit, Reward
+from .model import EASModel
 from .schedule import SETTINGS, FreezeAt, Schedule, check_settings
 from .skippable import eas_of, needs_search
 from .values import python_number
@@ -144,6 +145,8 @@ class EASSearch:
             settings["freeze_context_at"] = None
         self._schedule = Schedule.of(settings, num_steps)
         self._schedule.check(settings, num_steps, has_search=self.is_searching)
+        if isinstance(self.eas, EASModel):
+            self.eas.awaits_freeze = self._schedule.freeze_step is not None
         if self.is_searching:
             self._check_means()
             self.eas.set_skipped_modules(self.bandit.best())

@@ -73,7 +73,10 @@ _PRODUCTS = {torch.Tensor.mul}
 
 def find_cache(args: Iterable[Any], kwargs: dict[str, Any]) -> Cache | None:
     """The KV cache among the arguments of a call, whatever its name."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    for value in (*args, *kwargs.values()):  # torch 2.6 does not compile next() with a default
+        if isinstance(value, Cache):
+            return value
+    return None
 
 
 def skipped_return(

@@ -3,6 +3,7 @@
 What holds for any architecture (training, resuming, bad input, ...) is tested elsewhere on a few of them.
 """
 
+import inspect
 import json
 import subprocess
 import sys
@@ -365,17 +366,75 @@ def test_a_mixture_of_experts_is_merged_in_place_and_taken_apart_again():
         torch.testing.assert_close(parameter, weights[name])
 
 
-def test_a_prompt_that_a_block_is_not_given_is_no_other_prompt():
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+@pytest.mark.parametrize("name", GENERATING)
+def test_each_part_that_takes_tokens_finds_the_prompt_when_it_is_called_alone(name, merged):
+    """A backbone, a language model inside, a decoder: alone each computes what it does in the whole model."""
+    family = ARCHITECTURES[name]
+    model = make(family, "some", "prompt")
+    model = merge(model, "prompt") if merged else model.get_base_model()
+    inputs = family.make_inputs()
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_attention_mask"] = torch.ones_like(inputs["decoder_input_ids"])
+    for key in ("attention_mask", "decoder_attention_mask"):
+        if key in inputs:
+            inputs[key][0, -3:] = 0
+    calls = []
+
+    def note(part, args, kwargs, result):
+        if part is not model:
+            given = {key: value for key, value in kwargs.items() if key != "eas_prompt"}
+            calls.append((part, args, given, result.last_hidden_state if "logits" not in result else result.logits))
+
+    handles = [
+        part.register_forward_hook(note, with_kwargs=True)
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and "input_ids" in inspect.signature(part.forward).parameters
+    ]
+    output(model, {**inputs, "use_cache": False})
+    for handle in handles:
+        handle.remove()
+    assert calls
+    for part, args, kwargs, expected in calls:
+        with torch.no_grad():
+            result = part(*args, **kwargs)
+        assert torch.equal(result.last_hidden_state if "logits" not in result else result.logits, expected)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_a_prompt_that_a_block_is_not_given_is_no_other_prompt(merged):
     """Falcon's blocks take no more than they need, so that gradient checkpointing would compute them without it."""
     family = ARCHITECTURES["falcon"]
-    model = make(family, "some", "prompt").train()
+    model = make(family, "some", "prompt")
+    model = (merge(model, "prompt") if merged else model).train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable()
     inputs = labelled(family, family.make_inputs())
     with pytest.raises(ValueError, match=r"outside of a forward pass of the whole model.*gradient checkpointing"):
         model(**inputs).loss.backward()
-    model.base_model.freeze_context()
-    model(**inputs).loss.backward()
+    if not merged:
+        model.base_model.freeze_context()
+        model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["encoder-decoder of two berts", "bart"])
+def test_a_decoder_inside_is_told_the_prompt_for_gradient_checkpointing(name, reentrant, merged):
+    family = ARCHITECTURES[name]
+    model = make(family, "some", "prompt")
+    model = (merge(model, "prompt") if merged else model).train()
+    inputs = labelled(family, family.make_inputs())
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    model.enable_input_require_grads()
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert difference(gradients(), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "bart"])
