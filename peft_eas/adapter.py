@@ -4,6 +4,7 @@ Source: Wu et al., "Not All Attention is Needed" (arXiv 2403.15226), section 3.3
 LaVIN (Luo et al., "Cheap and Quick", arXiv 2305.15023).
 """
 
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -71,6 +72,9 @@ class RoutedAdapter(nn.Module):
     as weights, once per sequence (or once for all, when the context is the running mean). One path needs no router:
     Σ_e g_e U_e is U_0 then. What reads no context has no running mean of it either.
 
+    The running mean is a buffer while it moves, and an untrained parameter once it is frozen (`freeze_context`) and
+    decides what the adapter computes; float32 in any case.
+
     Args:
         d: width of the model. r: rank of the bottleneck. groups: diagonal blocks of the up-projections.
         scale: factor s on the adapter's output. router_temperature: τ.
@@ -85,6 +89,8 @@ class RoutedAdapter(nn.Module):
 
     has_context_path: ClassVar[bool] = False
     _annealed_to: tuple[torch.Tensor, torch.Tensor] | None = None
+    _mean_was_seen = False
+    is_annealing_paused = False
 
     def __init__(
         self,
@@ -178,6 +184,44 @@ class RoutedAdapter(nn.Module):
         shift = (left @ constant[..., None])[..., 0] + self.scale * up_bias
         return left.expand(len(shift), -1, -1), shift
 
+    def freeze_context(self) -> None:
+        """Makes the running mean a parameter, so that whoever copies, averages or shards by parameters takes it along.
+
+        It keeps its name in the state dict, and is not trained.
+        """
+        if "running_context" in self._buffers and self.needs_context:
+            mean = self._buffers.pop("running_context")
+            self.running_context = nn.Parameter(mean, requires_grad=False)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """What is trained: all of `named_parameters` but a frozen running mean.
+
+        By this PEFT switches training on and off, and reports whether it is.
+        """
+        return (parameter for parameter in super().parameters(recurse) if parameter is not self.running_context)
+
+    def has_lost_context(self) -> bool:
+        """Whether the running mean is zero although that counts, as where weights were copied without it.
+
+        Waits for the device until a mean was seen once.
+        """
+        mean = self.running_context
+        if self._mean_was_seen or mean.is_meta or mean.numel() == 0:  # DeepSpeed's ZeRO-3 leaves empty ones behind
+            return False
+        self._mean_was_seen = bool(mean.any())
+        return not self._mean_was_seen and any(bool(weight.any()) for weight in self.up.parameters())
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RoutedAdapter":
+        """As of `nn.Module`, behind `to`, `half` and the like; but the running mean is moved alone, never cast.
+
+        In half precision it would stop moving long before the end of a training run, and be off by the rounding.
+        """
+        mean = None if self.running_context is None else self.running_context.detach()
+        super()._apply(fn, recurse)
+        if mean is not None and self.running_context.dtype != mean.dtype:
+            self.running_context.data = mean.to(self.running_context.device)
+        return self
+
     @torch.no_grad()
     def record(self, context: torch.Tensor, momentum: float = 0.01) -> None:
         """Takes the batch mean of `context`, shape (B, d), into the running mean.
@@ -195,11 +239,12 @@ class RoutedAdapter(nn.Module):
         A mean that is not known yet takes none. That it stays as it was keeps passes equal: those that gradient
         checkpointing computes twice, and micro-batches on several ranks.
         """
+        self.is_annealing_paused = False
         self._annealed_to = (self.running_context.clone(), share * (self.num_contexts > 0)) if share > 0 else None
 
     def annealed(self, context: torch.Tensor) -> torch.Tensor:
         """The contexts, (B, d), that are to be taken in the place of the prompts' ones; see `anneal`."""
-        if self._annealed_to is None:
+        if self._annealed_to is None or self.is_annealing_paused:
             return context
         mean, share = self._annealed_to
         return torch.lerp(context, mean.to(context), share.to(context))

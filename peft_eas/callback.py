@@ -23,7 +23,7 @@ from .trainer import (
     describe_progress,
     forget_best_checkpoint,
     move_to_front,
-    saved_record,
+    saved_search,
 )
 from .values import is_int, python_number
 
@@ -37,7 +37,8 @@ class EASCallback(TrainerCallback, ExportableState):
 
     A run goes through the phases "warm-up", "search" and "frozen" that `EASSearch` tells of, with "tune" before the
     last if that comes later or never. Evaluation and checkpoints during the search see the best set so far, never one
-    that was drawn, and each prompt's own context, never an annealed one. A checkpoint holds the state of the search:
+    that was drawn, and each prompt's own context, never an annealed one; so they and a merge do after Ctrl+C or an
+    exception, and `finish()` then ends the search. A checkpoint holds the state of the search:
     `trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted, on a model made by
     `get_peft_model` as for the first run. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0, there is
     nothing to search, and the context is annealed and frozen. Any other `Skippable` model is searched in the same way.
@@ -89,6 +90,7 @@ class EASCallback(TrainerCallback, ExportableState):
         self._reward_set: RewardSet | None = None
         self._reward_source: str | None = None
         self._shown_phase: str | None = None
+        self._run: tuple[TrainingArguments, TrainerState] | None = None
 
     def _check_arguments(self) -> None:
         check_settings(type(self).__name__, **{name: getattr(self, name) for name in SETTINGS})
@@ -105,7 +107,10 @@ class EASCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; see `transformers.trainer_callback.ExportableState`."""
         names = [name for name in inspect.signature(EASCallback).parameters if name != "reward_dataset"]
-        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}, "record": self.record}
+        arguments = {name: getattr(self, name) for name in names}
+        state = {} if self._search is None else self._search.state_dict()
+        course = {name: value for name, value in state.items() if name not in ("step", "bandit", "skipped_modules")}
+        return {"args": arguments, "attributes": {}, "record": self.record, "course": course}
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -113,8 +118,26 @@ class EASCallback(TrainerCallback, ExportableState):
         if self._search is None or self._search.bandit is None:
             return None
         state = self._search.state_dict()
-        del state["step"]  # Trainer's own
-        return {**state, "reward_source": self._reward_source}
+        names = ("bandit", "skipped_modules")
+        return {**{name: state[name] for name in names}, "reward_source": self._reward_source}
+
+    def finish(self) -> None:
+        """Ends the search with the best set so far, as at the end of training: for a run that was interrupted.
+
+        Without it, after Ctrl+C or an exception, evaluation, checkpoints and merges see the best set so far, but the
+        model keeps the adapters of every candidate. To go on instead, resume from a checkpoint.
+
+        Raises:
+            RuntimeError: before training has begun.
+        """
+        if self._search is None or self._run is None:
+            raise RuntimeError("EASCallback.finish() was called before training has begun: there is no search to end.")
+        args, state = self._run
+        was_searching = self._search.is_searching
+        self._search.finish()
+        if was_searching:
+            forget_best_checkpoint(state)
+            self._write_record(args, state)
 
     # --- events ----------------------------------------------------------------------------------------------------
 
@@ -145,15 +168,19 @@ class EASCallback(TrainerCallback, ExportableState):
         move_to_front(trainer, self)
 
         self._search = self._reward_set = self._reward_source = self._shown_phase = None
-        saved = saved_record(state, type(self).__name__) or {"bandit": None, "skipped_modules": None}
+        saved = saved_search(state, type(self).__name__)
         settings = {name: getattr(self, name) for name in SETTINGS}
         # Otherwise Trainer resumes with an optimizer that has every parameter; see `EASSearch`.
         optimizer = kwargs.get("optimizer") if trainer.is_fsdp_enabled else None
         search = EASSearch(
-            model, state.max_steps, self._batch_loss, optimizer=optimizer, seed=self._seed(args), **settings
+            model,
+            state.max_steps,
+            self._batch_loss,
+            optimizer=optimizer,
+            seed=self._seed(args),
+            state={**saved, "step": state.global_step} if state.global_step > 0 else None,
+            **settings,
         )
-        if state.global_step > 0:
-            search.load_state_dict({**saved, "step": state.global_step})
         self._reward_source = saved.get("reward_source")
         if search.is_searching:
             self._reward_set = choose_reward_set(trainer, self.reward_dataset, self._held_back, self._seed(args))
@@ -164,7 +191,7 @@ class EASCallback(TrainerCallback, ExportableState):
                     "leave restore_callback_states_from_checkpoint off: the callback resumes without it."
                 )
             self._reward_source = self._reward_set.source
-        self._search = search
+        self._search, self._run = search, (args, state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -189,11 +216,7 @@ class EASCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Ends what training did not reach the end of: a step, the search."""
-        was_searching = self._search.is_searching
-        self._search.finish()
-        if was_searching:
-            forget_best_checkpoint(state)
-            self._write_record(args, state)
+        self.finish()
 
     def on_log(
         self,

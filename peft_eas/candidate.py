@@ -17,6 +17,7 @@ class Candidate:
         current: returns the prompt of the forward pass that is under way.
         configs: by adapter name, the configs of the adapters that have this MHA as a target.
         skipped_by: names of the adapters that skip it. kept_by: of those that never skip it.
+        drawn: by adapter name, whether the step of a search that is under way skips it, whatever `skipped_by` says.
         call: the MHA's call, left for the FFN of the same forward pass, which is given less.
     """
 
@@ -36,7 +37,12 @@ class Candidate:
         self.configs: dict[str, EASConfig] = {}
         self.skipped_by: set[str] = set()
         self.kept_by: set[str] = set()
+        self.drawn: dict[str, bool] = {}
         self.call: ByThread[Call] = ByThread()
+
+    def is_skipped_by(self, adapter_name: str | None) -> bool:
+        """Whether the adapter skips it in the next forward pass."""
+        return self.drawn.get(adapter_name, adapter_name in self.skipped_by)
 
     @property
     def context_tokens(self) -> str:

@@ -74,7 +74,9 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
         before: the front matter that holds the user's own values. Default: the card's.
     """
     eas, name = model.base_model, model.active_adapter
-    config, facts, skipped = eas.peft_config[name], origin(eas, name), eas.skipped_modules
+    config, facts = eas.peft_config[name], origin(eas, name)
+    saved = config.to_dict()["skipped_modules"] or ()  # within a step of a search the model may skip others
+    skipped = [mha for mha in eas.candidates if mha in saved]
     folder, is_over = Path(folder), config.skipped_modules is not None or not config.num_skip
     auto_class, task = _auto_class(type(eas.model))
     count = f"{len(skipped)} of {len(facts['candidates'])}"

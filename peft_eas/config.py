@@ -128,6 +128,13 @@ class EASConfig(PeftConfig):
             "the merge needs no frozen context to be exact."
         },
     )
+    context_recorded: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether every adapter in use had recorded its running mean when the context was frozen. Written "
+            "by `freeze_context`; weights that come without it are then refused instead of taking zero in its place."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True: adapters start as the identity. False: random adapters, for tests."},
@@ -229,7 +236,8 @@ class EASConfig(PeftConfig):
         if self.context == "none":  # without a context there is nothing to route by; 2 may be the default
             require("paths", self.paths in (1, 2), "left out, or 1, with context='none', which has no router")
             self.paths = 1
-        require("init_weights", isinstance(self.init_weights, bool), "True or False")
+        for name in ("init_weights", "context_recorded"):
+            require(name, isinstance(getattr(self, name), bool), "True or False")
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")

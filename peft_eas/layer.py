@@ -79,7 +79,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
     @property
     def is_skipped(self) -> bool:
         """Whether the adapter in force skips the MHA."""
-        return self.adapter_in_force in self.candidate.skipped_by
+        return self.candidate.is_skipped_by(self.adapter_in_force)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.candidate.configs.pop(adapter_name, None)
@@ -169,11 +169,9 @@ class AdaptedLayer(EASLayer):
             init_weights=config.init_weights,
             paths=config.paths,
         )
+        if config.context == "running":
+            self.adapters[adapter_name].freeze_context()
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        # A running mean in half precision would stop moving long before the end of a training run.
-        adapter = self.adapters[adapter_name]
-        if adapter.needs_context:
-            adapter.running_context = adapter.running_context.float()
 
     def _has_use(self, adapter_name: str, config: EASConfig) -> bool:
         if not self.could_use(adapter_name):
@@ -201,7 +199,7 @@ class AdaptedLayer(EASLayer):
 
     def used_adapter(self, adapter_name: str | None) -> RoutedAdapter | None:
         """The adapter `adapter_name` if the MHA, as it is skipped or kept now, has a use for it; else None."""
-        is_skipped = adapter_name in self.candidate.skipped_by
+        is_skipped = self.candidate.is_skipped_by(adapter_name)
         if is_skipped != self.stands_for_skipped or adapter_name not in self.adapters:
             return None
         return self.adapters[adapter_name]
@@ -218,7 +216,7 @@ class AdaptedLayer(EASLayer):
     def _takes_prompt(self, adapter_name: str) -> bool:
         config = self.candidate.configs[adapter_name]
         # A kept MHA's adapter without a router reads no context.
-        return config.context == "prompt" and (adapter_name in self.candidate.skipped_by or config.paths > 1)
+        return config.context == "prompt" and (self.candidate.is_skipped_by(adapter_name) or config.paths > 1)
 
     def _adapter_to_apply(self) -> RoutedAdapter | None:
         if self.disable_adapters and self.merged:
@@ -234,7 +232,8 @@ class AdaptedLayer(EASLayer):
         if not adapter.needs_context:
             return None
         if not self._takes_prompt(name):
-            return adapter.running_context[None]
+            self._check_recorded(name)
+            return adapter.running_context.detach()[None]
         if seen > 0:
             context = read_context(call.cache, candidate.layer_idx, (name, self.stands_for_skipped))
             if context is None:
@@ -249,6 +248,19 @@ class AdaptedLayer(EASLayer):
             adapter.record(context.detach())
             call.prompt.recorded.add(id(adapter))
         return adapter.annealed(context)
+
+    def _check_recorded(self, name: str) -> None:
+        """Raises a ValueError where the running mean of the adapter `name` was recorded, but is not there."""
+        adapter, config = self.used_adapter(name), self.candidate.configs[name]
+        if config.context != "running" or not config.context_recorded or torch.compiler.is_compiling():
+            return
+        if adapter.needs_context and adapter.has_lost_context():
+            raise ValueError(
+                f"The running mean of the EAS adapter {name!r} for {self.candidate.name} is zero, but its config says "
+                "that one was recorded (context_recorded=True): the weights were copied or loaded without "
+                "running_context, or the skip set has changed since. Copy all of named_parameters(), or load the "
+                "whole state dict; to train a new adapter by this config, set context='prompt'."
+            )
 
     def _keep_context(self, context: torch.Tensor | None, call: Call) -> None:
         name = self.adapter_in_force
@@ -268,8 +280,12 @@ class AdaptedLayer(EASLayer):
         """Raises if the adapters `adapter_names` cannot be folded, or with `finite` if they would leave a NaN.
 
         Raises:
-            TypeError: for a projection that `check_projection` refuses. ValueError: for a NaN or an infinity.
+            TypeError: for a projection that `check_projection` refuses. ValueError: for a NaN or an infinity; for a
+                frozen running mean that was lost.
         """
+        for name in adapter_names:
+            if self.used_adapter(name) is not None:
+                self._check_recorded(name)
         update = self.low_rank_map(adapter_names)
         if update is not None and self.has_experts:
             shift_before(update)

@@ -40,6 +40,7 @@ class MergingTuner(BaseTuner):
             TypeError, ValueError: as `merge_and_unload`.
         """
         self._check_in_place()
+        self.end_step()
         names = self._names_to_merge(adapter_names)
         if names != [self._active_name]:
             raise ValueError(
@@ -95,6 +96,7 @@ class MergingTuner(BaseTuner):
         context: str | None = None,
     ) -> nn.Module:
         self._check_in_place()
+        self.end_step()
         record, kept = None, {}
         if merge:
             self._check_class()

@@ -39,7 +39,8 @@ class EASModel(MergingTuner):
     """A model with EAS adapters (arXiv 2403.15226). Made by `get_peft_model(model, EASConfig(...))`.
 
     Beside PEFT's own methods: `active_config`, `candidates`, `skipped_modules`, `set_skipped_modules`,
-    `fix_skipped_modules`, `anneal_context`, `freeze_context`, `sync_context`. One adapter is active at a time.
+    `fix_skipped_modules`, `begin_step`, `end_step`, `anneal_context`, `freeze_context`, `sync_context`. One adapter is
+    active at a time.
 
     Raises:
         ValueError: for a config that does not fit the model; the model is left as it was.
@@ -50,6 +51,7 @@ class EASModel(MergingTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     # Whether a search trains the model that will freeze the context.
     awaits_freeze = False
+    _step: tuple[str, list[str]] | None = None
 
     # --- injection -------------------------------------------------------------------------------------------------
 
@@ -253,18 +255,20 @@ class EASModel(MergingTuner):
         config = self.active_config
         if config.context != "prompt":
             return
-        if is_resumed:
-            config.context = "running"
-            return
-        self.sync_context()
-        adapters = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]
-        if any(int(adapter.num_contexts) == 0 for adapter in adapters if adapter.needs_context):
-            warnings.warn(
-                "freeze_context() for at least one adapter that was of use in no training step so far: its running "
-                "mean of the prompts stays zero. Train with context='prompt' first, so that it is known; or train on, "
-                "for which zero serves as well.",
-                stacklevel=2,
-            )
+        if not is_resumed:
+            self.sync_context()
+            used = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]
+            recorded = [int(adapter.num_contexts) > 0 for adapter in used if adapter.needs_context]
+            if not all(recorded):
+                warnings.warn(
+                    "freeze_context() for at least one adapter that was of use in no training step so far: its "
+                    "running mean of the prompts stays zero. Train with context='prompt' first, so that it is known; "
+                    "or train on, for which zero serves as well.",
+                    stacklevel=2,
+                )
+            config.context_recorded = bool(recorded) and all(recorded)
+        for adapter in self._contextual_adapters():
+            adapter.freeze_context()
         config.context = "running"
 
     def anneal_context(self, share: float) -> None:
@@ -324,7 +328,7 @@ class EASModel(MergingTuner):
     @property
     def skipped_modules(self) -> list[str]:
         """Full names of the MHAs that the active adapter skips now, in the model's order."""
-        return [name for name in self.candidates if self._active_name in self._candidates[name].skipped_by]
+        return [name for name in self.candidates if self._candidates[name].is_skipped_by(self._active_name)]
 
     def set_skipped_modules(self, names: Sequence[str]) -> None:
         """Skips exactly the MHAs `names`, full names, from the next forward pass on. Cheap; moves no weights.
@@ -333,6 +337,14 @@ class EASModel(MergingTuner):
             ValueError: for a name that is no candidate or is repeated, for an MHA whose adapter for being skipped (or
                 kept) was dropped, and while adapters are merged.
         """
+        names = self._checked_skip_set(names)
+        self.end_step()
+        for name in self.candidates:
+            skipped_by = self._candidates[name].skipped_by
+            (skipped_by.add if name in names else skipped_by.discard)(self._active_name)
+        self.active_config.note_skipped_modules(self.skipped_modules)
+
+    def _checked_skip_set(self, names: Sequence[str]) -> list[str]:
         self._check_in_place()
         names = check_names(names, self.candidates)
         if any(layer.merged for layer in self._layers()):
@@ -345,10 +357,7 @@ class EASModel(MergingTuner):
                     f"set {self.active_config.skipped_modules or []} alone. Make one with num_skip, and without "
                     "skipped_modules, to choose among all candidates."
                 )
-        for name in self.candidates:
-            skipped_by = self._candidates[name].skipped_by
-            (skipped_by.add if name in names else skipped_by.discard)(self._active_name)
-        self.active_config.note_skipped_modules(self.skipped_modules)
+        return names
 
     def fix_skipped_modules(self, names: Sequence[str]) -> None:
         """Ends the search with the MHAs `names`: writes them into the config and drops the adapters without use.
@@ -362,6 +371,49 @@ class EASModel(MergingTuner):
         config.num_skip = len(config.skipped_modules)
         for layer in self._adapted_layers():
             layer.drop_unused_adapter(self._active_name)
+
+    # --- a step of the search --------------------------------------------------------------------------------------
+
+    def begin_step(self, names: Sequence[str], share: float) -> None:
+        """Lets the active adapter train with the MHAs `names` skipped and contexts annealed by `share`; see
+        `anneal_context`.
+
+        That is for training alone: from a switch to evaluation mode to the switch back, in checkpoints and under a
+        merge, skip set and contexts are those of before, also where an exception has kept `end_step` from being
+        called.
+
+        Raises:
+            ValueError: as `set_skipped_modules` and `anneal_context`; nothing is changed then.
+        """
+        names = self._checked_skip_set(names)
+        self.end_step()
+        self.anneal_context(share)
+        self._step = self._active_name, names
+        self._put_step_in_force(True)
+
+    def end_step(self) -> None:
+        """Ends what `begin_step` has begun, if anything."""
+        if self._step is not None:
+            for adapter in self._put_step_in_force(False):
+                adapter.anneal(0.0)
+            self._step = None
+
+    def _put_step_in_force(self, in_force: bool) -> list[RoutedAdapter]:
+        adapter_name, names = self._step
+        for candidate in self._candidates.values():
+            candidate.drawn = {adapter_name: candidate.name in names} if in_force else {}
+        held = [layer.adapters for layer in self._adapted_layers()]
+        adapters = [adapters[adapter_name] for adapters in held if adapter_name in adapters]
+        for adapter in adapters:
+            adapter.is_annealing_paused = not in_force
+        return adapters
+
+    def train(self, mode: bool = True) -> "EASModel":
+        """As of `nn.Module`; see `begin_step`."""
+        super().train(mode)
+        if self._step is not None:
+            self._put_step_in_force(mode)
+        return self
 
 
 def _mha_of(path: str, mhas: Targets) -> str:

@@ -104,15 +104,16 @@ def _mhas_of(eas: "EASModel", adapter_name: str, never_skipped: bool) -> list[st
 
 
 def saved_numbers(eas: "EASModel", adapter_name: str) -> int:
-    """How many numbers the adapter's file holds: its parameters, and its buffers such as the running context."""
+    """How many numbers the adapter's file holds: what is trained, and statistics such as the running context."""
     # Not by state_dict(), which in a distributed run may wait for the other processes.
-    buffers = [buffer for name, buffer in eas.named_buffers() if _is_of(adapter_name, name)]
-    return sum(map(_size, [*_parameters_of(eas, adapter_name), *buffers]))
+    tensors = (*eas.named_parameters(), *eas.named_buffers())
+    return sum(_size(tensor) for name, tensor in tensors if _is_of(adapter_name, name))
 
 
 def _parameters_of(eas: "EASModel", adapter_name: str) -> list[nn.Parameter]:
     """What is trained with an adapter: its own parameters, its copies of `modules_to_save`, its tokens."""
-    return [parameter for name, parameter in eas.named_parameters() if _is_of(adapter_name, name)]
+    named = (item for item in eas.named_parameters() if not item[0].endswith(".running_context"))
+    return [parameter for name, parameter in named if _is_of(adapter_name, name)]
 
 
 def _is_of(adapter_name: str, name: str) -> bool:

@@ -23,28 +23,51 @@ FreezeAt = int | float | Literal["search_end"] | None
 
 
 class Schedule(NamedTuple):
-    """The optimizer steps at which rewards begin, the search ends, and the context is frozen (None: never)."""
+    """The optimizer steps at which rewards begin, the search ends, and the context is frozen (None: never).
+
+    The share of the running mean grows from `first_share` at step `anneal_from` to 1 at the freeze.
+    """
 
     warmup_end: int
     search_end: int
     freeze_step: int | None
+    anneal_from: int = 0
+    first_share: float = 0.0
 
     @classmethod
     def of(cls, settings: dict[str, Any], num_steps: int) -> "Schedule":
         """The schedule of a run of `num_steps`, of which a float among the settings is a fraction."""
         freeze_at = settings["search_steps" if settings["freeze_context_at"] == "search_end" else "freeze_context_at"]
         times = (settings["warmup_steps"], settings["search_steps"], freeze_at)
-        return cls(*(round(time * num_steps) if isinstance(time, float) else time for time in times))
+        warmup_end, search_end, freeze_step = (
+            round(time * num_steps) if isinstance(time, float) else time for time in times
+        )
+        # Annealed from the start, where the freeze is no later than the warm-up's end.
+        has_time = freeze_step is not None and warmup_end < freeze_step
+        return cls(warmup_end, search_end, freeze_step, warmup_end if has_time else 0)
+
+    def resumed(self, before: "Schedule", step: int) -> "Schedule":
+        """This schedule of a run that got to `step` by the schedule `before`, maybe with another length or settings.
+
+        What is over stays over, when it was; and the running mean's share goes on from where it was.
+        """
+        warmup_end = (before if before.warmup_end <= step else self).warmup_end
+        search_end = (before if before.search_end <= step else self).search_end
+        is_frozen = before.freeze_step is not None and before.freeze_step <= step
+        freeze_step = (before if is_frozen else self).freeze_step
+        share = before.running_share(step)
+        if freeze_step == before.freeze_step and (share > 0.0 or warmup_end == before.warmup_end):
+            anneal_from, first_share = before.anneal_from, before.first_share
+        else:
+            anneal_from, first_share = (step, share) if share > 0.0 else (max(step, self.anneal_from), 0.0)
+        return Schedule(warmup_end, search_end, freeze_step, anneal_from, first_share)
 
     def running_share(self, step: int) -> float:
-        """How much of the context is the running mean when `step` steps are done.
-
-        It grows from the warm-up's end to the freeze; from the start, where the freeze is no later than that.
-        """
+        """How much of the context is the running mean when `step` steps are done."""
         if self.freeze_step is None:
             return 0.0
-        start = self.warmup_end if self.warmup_end < self.freeze_step else 0
-        return min(1.0, max(0, step - start) / max(1, self.freeze_step - start))
+        done = min(1.0, max(0, step - self.anneal_from) / max(1, self.freeze_step - self.anneal_from))
+        return self.first_share + (1.0 - self.first_share) * done
 
     def check(self, settings: dict[str, Any], num_steps: int, has_search: bool) -> None:
         """Raises a ValueError where the freeze is beyond the run, or a search has no room for rewards or goes on

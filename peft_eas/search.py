@@ -46,8 +46,9 @@ class EASSearch:
             optimizer.zero_grad()
             search.after_step()
 
-    Between the two the model skips the set that was drawn, with annealed contexts; at all other times, so in
-    evaluations and checkpoints, the best set so far, with those of `EASConfig(context=...)`. Where `EASConfig` gives
+    Between the two the model skips the set that was drawn, with annealed contexts; at all other times the best set so
+    far, with those of `EASConfig(context=...)`. An `EASModel` also shows those between the two, once it is switched to
+    evaluation mode, saved or merged; so it does where an exception or Ctrl+C ends a step. Where `EASConfig` gives
     `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search; the context is annealed and frozen.
 
     The optimizer is given all parameters from the start: those of adapters that are dropped at the end of the search
@@ -58,7 +59,8 @@ class EASSearch:
     `DistributedDataParallel` needs `find_unused_parameters=True`.
 
     To resume, make model, optimizer and search as for the first run, and load the state of the search before those of
-    the model and the optimizer: it drops the adapters that the saved model no longer had.
+    the model and the optimizer: it drops the adapters that the saved model no longer had. `num_steps` and settings may
+    be others; what is over stays over: the warm-up, the search, and a context that is frozen.
 
     Where steps are wanted, an int counts optimizer steps and a float is a fraction of the run.
 
@@ -82,6 +84,8 @@ class EASSearch:
         freeze_context_at: when the context is frozen: "search_end", which `search_steps` tells even where nothing is
             searched; a later step; or never (None), for a merge that keeps each prompt's own.
         seed: of all that the search draws.
+        state: what `state_dict` returned, to go on from as by `load_state_dict`. Given here, it also tells which of
+            the settings are no longer to fit the run.
 
     Attributes:
         step: optimizer steps done.
@@ -109,6 +113,7 @@ class EASSearch:
         score_temperature: float = 10.0,
         freeze_context_at: FreezeAt = "search_end",
         seed: int = 0,
+        state: dict[str, Any] | None = None,
     ) -> None:
         given = locals()
         settings = {name: python_number(given[name]) for name in SETTINGS}
@@ -143,16 +148,18 @@ class EASSearch:
             )
         if config.context != "prompt":  # nothing to freeze
             settings["freeze_context_at"] = None
-        self._schedule = Schedule.of(settings, num_steps)
-        self._schedule.check(settings, num_steps, has_search=self.is_searching)
+        self._schedule = self._resumed_schedule(Schedule.of(settings, num_steps), state)
+        goes_on = self.is_searching and (state is None or state["skipped_modules"] is None)
+        self._schedule.check(settings, num_steps, has_search=goes_on)
         if isinstance(self.eas, EASModel):
             self.eas.awaits_freeze = self._schedule.freeze_step is not None
         if self.is_searching:
             self._check_means()
-            self.eas.set_skipped_modules(self.bandit.best())
         elif config.skipped_modules is None and config.num_skip:  # all of them: nothing to choose
             self.eas.fix_skipped_modules(self.eas.candidates)
-        self._anneal_context(0.0)  # a run before may have been interrupted within a step
+        self._end_step()  # a run before may have been interrupted within one
+        if state is not None:
+            self.load_state_dict(state)
 
     # --- the course of a run ---------------------------------------------------------------------------------------
 
@@ -174,9 +181,16 @@ class EASSearch:
         if self._has_begun:
             return
         self._has_begun = True
-        self._anneal_context(self._schedule.running_share(self.step))
+        share = self._schedule.running_share(self.step)
+        is_prompt = self.eas.active_config.context == "prompt"
+        names = self.bandit.sample() if self.is_searching else self.eas.skipped_modules
+        if isinstance(self.eas, EASModel):
+            if self.is_searching or is_prompt:
+                self.eas.begin_step(names, share if is_prompt else 0.0)
+            return
+        self._anneal_context(share)
         if self.is_searching:
-            self.eas.set_skipped_modules(self.bandit.sample())
+            self.eas.set_skipped_modules(names)
 
     def after_step(self) -> None:
         """Makes the ranks' contexts equal, computes rewards, ends the search, freezes the context: each when its time
@@ -186,19 +200,20 @@ class EASSearch:
         self.eas.sync_context()
         if self.is_searching:
             rewarded_steps = self.step - self._schedule.warmup_end
-            try:
-                if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
-                    self._compare()
-            finally:
-                self.eas.set_skipped_modules(self.bandit.best())
+            if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
+                self._compare()
             if self.step >= self._schedule.search_end:
-                self._fix(self.bandit.best())
+                self._end_search()
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
         if self._is_freeze_due:
             self.eas.freeze_context()
+            self._schedule = self._schedule._replace(freeze_step=self.step)
 
     def finish(self) -> None:
-        """Ends a step that training left half done, and, with a warning, a search that it did not reach the end of."""
+        """Ends a step that training left half done, and, with a warning, a search that it did not reach the end of.
+
+        Called again, it does nothing.
+        """
         self._end_step()
         if self.is_searching:
             logger.warning(
@@ -207,7 +222,7 @@ class EASSearch:
                 self.step,
                 self._schedule.search_end,
             )
-            self._fix(self.bandit.best())
+            self._end_search()
 
     def figures(self) -> dict[str, float | str]:
         """Where the run stands, for a log.
@@ -227,7 +242,15 @@ class EASSearch:
     def state_dict(self) -> dict[str, Any]:
         """The state between two steps as values that JSON keeps exactly; `peft_eas.plots` draws it as well."""
         bandit = None if self.bandit is None else self.bandit.state_dict()
-        return {"step": self.step, "bandit": bandit, "skipped_modules": self._skipped_modules}
+        config = self.eas.active_config
+        return {
+            "step": self.step,
+            "bandit": bandit,
+            "skipped_modules": self._skipped_modules,
+            "schedule": self._schedule._asdict(),
+            "is_frozen": config.context == "running",
+            "context_recorded": getattr(config, "context_recorded", False),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`, and brings the model to where it was then, but for its weights.
@@ -258,10 +281,19 @@ class EASSearch:
                 self.eas.set_skipped_modules(bandit.best())
             else:
                 self._fix(state["skipped_modules"])
+        self._schedule = self._resumed_schedule(self._schedule, state)
         self.step = state["step"]
         self._end_step()
-        if self._is_freeze_due:
+        # Earlier versions' states do not tell; there the schedule does.
+        if self.eas.active_config.context == "prompt" and state.get("is_frozen", self._is_freeze_due):
             self.eas.freeze_context(is_resumed=True)
+            self.eas.active_config.context_recorded = state.get("context_recorded", False)
+
+    @staticmethod
+    def _resumed_schedule(schedule: Schedule, state: dict[str, Any] | None) -> Schedule:
+        if state is None or "schedule" not in state:  # as in earlier versions' states
+            return schedule
+        return schedule.resumed(Schedule(**state["schedule"]), state["step"])
 
     # --- the search ------------------------------------------------------------------------------------------------
 
@@ -285,8 +317,9 @@ class EASSearch:
                     self.eas.set_skipped_modules(names)
                     losses.append(self._checked_loss(batch))
         finally:
-            self._anneal_context(0.0)
+            self._end_step()
         self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
+        self.eas.set_skipped_modules(self.bandit.best())
         self.eas.active_config.note_scores(self._scores)
 
     def _checked_loss(self, batch: Any) -> torch.Tensor:
@@ -300,6 +333,10 @@ class EASSearch:
                 "batch, a tensor of one element or a number. Do the batches have labels?"
             )
         return loss.detach().float().reshape(())
+
+    def _end_search(self) -> None:
+        self._fix(self.bandit.best())
+        self._schedule = self._schedule._replace(search_end=self.step)
 
     def _fix(self, names: Sequence[str]) -> None:
         # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
@@ -319,7 +356,11 @@ class EASSearch:
 
     def _end_step(self) -> None:
         self._has_begun = False
+        if isinstance(self.eas, EASModel):
+            self.eas.end_step()
         self._anneal_context(0.0)
+        if self.is_searching:
+            self.eas.set_skipped_modules(self.bandit.best())
 
     def _anneal_context(self, share: float) -> None:
         if self.eas.active_config.context == "prompt":

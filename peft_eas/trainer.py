@@ -105,12 +105,15 @@ def untouched_metrics(trainer: Trainer) -> Iterator[None]:
             setattr(trainer, name, figures)
 
 
-def saved_record(state: TrainerState, name: str) -> dict[str, Any] | None:
-    """The record of the checkpoint that is resumed, or None: in a new run, and where it ran without a search."""
+def saved_search(state: TrainerState, name: str) -> dict[str, Any]:
+    """How far the search was in the checkpoint that is resumed; without a bandit where there was no search."""
     saved = state.stateful_callbacks.get(name, {}) if state.global_step > 0 else {}
     if isinstance(saved, list):
         raise ValueError(f"The checkpoint holds {len(saved)} {name}s. Train with one, and resume with one.")
-    return saved.get("record")
+    phases = (entry["eas/phase"] for entry in reversed(state.log_history) if "eas/phase" in entry)
+    # Earlier versions' checkpoints have no `course`; their log tells whether the context was frozen.
+    course = saved.get("course") or ({"is_frozen": True} if next(phases, None) == "frozen" else {})
+    return {**(saved.get("record") or {"bandit": None, "skipped_modules": None}), **course}
 
 
 def forget_best_checkpoint(state: TrainerState) -> None:

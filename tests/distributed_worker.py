@@ -60,8 +60,9 @@ class Record:
         self.skip_sets.append(self.model.base_model.skipped_modules)
 
     def note_step(self) -> None:
-        buffers = [buffer for name, buffer in self.model.named_buffers() if name.endswith("running_context")]
-        self.contexts.append(torch.cat(buffers).clone())
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())  # once frozen a parameter
+        contexts = dict(sorted((name, value) for name, value in tensors if name.endswith("running_context")))
+        self.contexts.append(torch.cat(list(contexts.values())).detach().clone())
 
     def result(self) -> dict:
         weights = get_model_state_dict(self.model, options=WHOLE).items()
@@ -150,9 +151,7 @@ def run_sharded(folder: Path, batch_size: int, resume_from: int | None = None) -
     rank, num_ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
     model = make_model().train()
     if is_distributed:  # as accelerate does, which has FSDP on accelerators only
-        mesh = init_device_mesh("cpu", (num_ranks,))
-        for module in (*model.base_model.model.model.layers, model):
-            fully_shard(module, mesh=mesh)
+        shard(model)
     record = Record(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
     data = make_data(batch_size * num_ranks * STEPS, seed=1, equal_answers=True)
@@ -174,7 +173,7 @@ def run_sharded(folder: Path, batch_size: int, resume_from: int | None = None) -
         optimizer.zero_grad()
         search.after_step()
         record.note_step()
-        if search.step in (8, 14) and resume_from is None and is_distributed:
+        if search.step in (8, 14, 18) and resume_from is None and is_distributed:
             state = {
                 "search": search.state_dict(),
                 "model": get_model_state_dict(model, options=WHOLE),
@@ -193,8 +192,21 @@ def run_sharded(folder: Path, batch_size: int, resume_from: int | None = None) -
             model.merge_and_unload()
         except ValueError as error:
             result["merge refused"] = str(error)
-    result["logits"] = model.eval()(input_ids=torch.arange(3, 21).reshape(2, 9)).logits.detach()
+    inputs = torch.arange(3, 21).reshape(2, 9)
+    result["logits"] = model.eval()(input_ids=inputs).logits.detach()
+    if is_distributed:
+        torch.distributed.barrier()
+        loaded = PeftModel.from_pretrained(make_model().unload(), folder / "adapter").eval()
+        shard(loaded)  # the frozen contexts too
+        result["logits of the shards"] = loaded(input_ids=inputs).logits.detach()
+        result["state of the shards"] = get_model_state_dict(loaded, options=WHOLE)
     return result
+
+
+def shard(model: PeftModel) -> None:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in (*model.base_model.model.model.layers, model):
+        fully_shard(module, mesh=mesh)
 
 
 def refused_without_unused_parameters() -> str:
@@ -221,8 +233,8 @@ def main(folder: Path, batch_size: int) -> None:
             seen[f"trainer, resumed from {step}"] = run_trainer(folder / "resumed", batch_size, checkpoint)
         for step in (8, 14):
             seen[f"by hand, resumed from {step}"] = run_by_hand(folder / "by_hand", batch_size, step)
-            if CAN_SHARD:
-                seen[f"sharded, resumed from {step}"] = run_sharded(folder / "sharded", batch_size, step)
+        for step in (8, 14, 18) if CAN_SHARD else ():
+            seen[f"sharded, resumed from {step}"] = run_sharded(folder / "sharded", batch_size, step)
         seen["refused"] = refused_without_unused_parameters()
     rank = torch.distributed.get_rank() if is_distributed else 0
     torch.save(seen, folder / f"rank{rank}.pt")

@@ -73,7 +73,7 @@ OUT_OF_RANGE = {
     "a dict from names of MHAs to finite numbers, or None": {
         "scores": [[1.0], {"a": NAN}, {"a": "1"}, {1: 1.0}, {"a": None}, {"a": True}, "a"]
     },
-    "True or False": {"init_weights": [1, 0, "no", None, "gaussian"]},
+    "True or False": {"init_weights": [1, 0, "no", None, "gaussian"], "context_recorded": [1, "yes", None]},
     "a dict, or None": {"base_shape": [3, [4, 32], "four"]},
     NAMES: {
         "target_modules": [3, True, "", b"self_attn", [""], [3], [None], {"self_attn": 1}],

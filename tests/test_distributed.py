@@ -82,7 +82,7 @@ def test_two_ranks_end_as_one_with_the_same_batches(ranks: list[dict], alone: di
         ("trainer", 16),
         ("by hand", 8),
         ("by hand", 14),
-        *(pytest.param("sharded", step, marks=needs_sharding) for step in (8, 14)),
+        *(pytest.param("sharded", step, marks=needs_sharding) for step in (8, 14, 18)),
     ],
 )
 def test_resumed_it_ends_bit_equal(ranks: list[dict], loop: str, step: int) -> None:
@@ -94,6 +94,16 @@ def test_resumed_it_ends_bit_equal(ranks: list[dict], loop: str, step: int) -> N
 
 def test_gradients_that_could_not_be_reduced_are_refused(ranks: list[dict]) -> None:
     assert all("find_unused_parameters=False and static_graph=False" in seen["refused"] for seen in ranks)
+
+
+@needs_sharding
+def test_a_frozen_context_is_sharded_and_saved_with_the_parameters(ranks: list[dict]) -> None:
+    for seen in (rank["sharded"] for rank in ranks):
+        assert difference(seen["logits of the shards"], seen["logits"]) < 1e-6
+    state, adapters = ranks[0]["sharded"]["state of the shards"], ranks[0]["sharded"]["adapters"]
+    contexts = [name for name in adapters if name.endswith("running_context")]
+    assert len(contexts) == 4
+    assert all(torch.equal(state[name], adapters[name]) for name in contexts)
 
 
 @needs_sharding
