@@ -101,17 +101,22 @@ def offloading(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
-    away = set()
-    monkeypatch.setattr(cache_utils.CacheLayerMixin, "offload", lambda layer: away.add(id(layer)))
-    monkeypatch.setattr(cache_utils.CacheLayerMixin, "prefetch", lambda layer: away.discard(id(layer)))
+    offloaded = []
+
+    def offload(layer):
+        layer.is_away = True
+        offloaded.append(layer)
+
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "prefetch", lambda layer: setattr(layer, "is_away", False))
     for layer_class in (DynamicLayer, cache_utils.DynamicSlidingWindowLayer, StaticLayer):
 
         def update(layer, *args, stock=layer_class.update, **kwargs):
-            assert id(layer) not in away
+            assert not getattr(layer, "is_away", False)
             return stock(layer, *args, **kwargs)
 
         monkeypatch.setattr(layer_class, "update", update)
-    return away
+    return offloaded
 
 
 @pytest.mark.parametrize("skip", ["first", "half", "last", "all"])
