@@ -146,8 +146,8 @@ def _load_adapter(
         if "size mismatch" not in str(error):
             raise
         raise ValueError(
-            f"The adapter {adapter} does not fit {base} ({str(error).splitlines()[1].strip()}). If that is a new head, "
-            "tell its number of classes with --num-labels; if not, name the base that the adapter was trained on."
+            f"The adapter {adapter} does not fit {base} ({str(error).splitlines()[1].strip()}). If it has a new "
+            "head, give its number of classes as --num-labels; if not, name the base that it was trained on."
         ) from error
 
 
