@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,49 @@ def test_peak_memory() -> None:
         del total
         start.add_(1)
     assert peak.bytes == pytest.approx(4 * 2**20, abs=64)
+
+
+def run_short(name: str, folder: Path, *options: str) -> str:
+    """What a short example prints; it writes to the working directory."""
+    process = subprocess.run(
+        [sys.executable, "-m", f"examples.short.{name}", *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=570,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    record = json.loads((folder / "outputs" / "short" / name / "eas_search.json").read_text())
+    assert len(record["bandit"]["rounds"]) == 12  # enough to choose by
+    assert (folder / "outputs" / "short" / name / "merged" / "model.safetensors").is_file()
+    return process.stdout
+
+
+def test_short_language_model(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs the package trl (extra `test`)")
+    from examples.gpu.real import write_stand_in
+
+    write_stand_in(tmp_path)
+    printed = run_short("text_llm", tmp_path, str(tmp_path))
+    assert "1 of 4" in printed
+    assert re.search(r"The merged model, reloaded, answers \d+ of 24 right\.", printed)
+
+
+def test_short_encoder(tmp_path: Path) -> None:
+    from examples.gpu.real import write_stand_in
+
+    write_stand_in(tmp_path)  # for its tokenizer
+    build_model("bert", model_class="BertModel").save_pretrained(tmp_path)
+    printed = run_short("encoder", tmp_path, str(tmp_path))
+    assert "2 of 4" in printed
+    assert re.search(r"The merged model, reloaded, classifies \d+ of 100 right\.", printed)
+
+
+@needs_easy_vqa
+def test_short_vision_language_model(tmp_path: Path) -> None:
+    printed = run_short("vlm", tmp_path)
+    assert "4 of 12" in printed
+    share = float(re.search(r"The merged model, reloaded, answers ([\d.]+)% of the questions right\.", printed)[1])
+    assert share > 25  # always the most frequent answer: 18 %

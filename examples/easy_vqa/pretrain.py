@@ -19,11 +19,11 @@ exactly as if it stood alone with the image, at a fraction of the cost.
 A run saves its state regularly and, started again with the same options, goes on where it was and ends with the same
 weights. It shows its speed, and prints its figures at the end.
 
-The weights in examples/base come from the default options, with one thread of a 2-core Intel Xeon that did other work
-too (torch 2.13, transformers 5.23): 6,000 steps of the vision tower at 11 steps/s and 1,000 steps of the rest at 1.4
-steps/s, 21 minutes in all. On the test images they answer 99.71 % of the yes/no questions (82.54 % can be had without
-looking), name the right colour in 100.00 % and the right shape in 98.56 %. Other machines and versions round otherwise
-and end with other weights.
+The weights in examples/easy_vqa/base come from the default options, with one thread of a 2-core Intel Xeon that did
+other work too (torch 2.13, transformers 5.23): 6,000 steps of the vision tower at 11 steps/s and 1,000 steps of the
+rest at 1.4 steps/s, 21 minutes in all. On the test images they answer 99.71 % of the yes/no questions (82.54 % can be
+had without looking), name the right colour in 100.00 % and the right shape in 98.56 %. Other machines and versions
+round otherwise and end with other weights.
 """
 
 import argparse

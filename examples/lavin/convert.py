@@ -2,8 +2,8 @@
 
     python -m examples.lavin.convert --llama weights/7B --clip clip.pth --adapter sqa-llama-7b.pth --output lavin-7b
 
-writes lavin-7b/base, a LaVIN to load with `AutoModelForImageTextToText` once `lavin.modeling_lavin` is imported, and
-lavin-7b/adapter, to load on it with `PeftModel.from_pretrained`. See conversion.py for what is exact.
+writes lavin-7b/base, a LaVIN to load with `AutoModelForImageTextToText` once `examples.lavin.modeling_lavin` is
+imported, and lavin-7b/adapter, to load on it with `PeftModel.from_pretrained`. See conversion.py for what is exact.
 """
 
 import argparse
