@@ -3,21 +3,20 @@
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from .adapter import InputAdapter, PropagationAdapter
 from .architectures import ARCHITECTURES, Architecture
-from .bandit import AttentionBandit
 from .callback import EASCallback
-from .card import adapter_card, write_merged_card
-from .checkpoint import AFTER_SAVE
 from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
 from .peft_type import add_to_cards
-from .search import EASSearch
-from .similarity import attention_similarities
-from .skippable import Skippable
-from .summary import eas_summary
-
-__version__ = "0.1.0"
+from .reporting.card import adapter_card, write_merged_card
+from .reporting.summary import eas_summary
+from .runtime.adapter import InputAdapter, PropagationAdapter
+from .runtime.checkpoint import AFTER_SAVE
+from .search.loop import EASSearch
+from .search.similarity import attention_similarities
+from .search.skippable import Skippable
+from .strategies.bandit import AttentionBandit
+from .version import __version__
 
 if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:  # harmless when the package is imported again
     register_peft_method(name="eas", config_cls=EASConfig, model_cls=EASModel)
@@ -35,6 +34,7 @@ __all__ = [
     "InputAdapter",
     "PropagationAdapter",
     "Skippable",
+    "__version__",
     "attention_similarities",
     "eas_summary",
 ]

@@ -11,12 +11,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .bandit import Reward
-from .reward import RewardSet, choose_reward_set, hold_back
-from .schedule import SETTINGS, FreezeAt, check_settings
-from .search import EASSearch
-from .skippable import eas_of, needs_search
-from .trainer import (
+from .search.loop import EASSearch
+from .search.rewards import RewardSet, choose_reward_set, hold_back
+from .search.schedule import SETTINGS, FreezeAt, check_settings
+from .search.skippable import eas_of, needs_search
+from .search.trainer import (
     calling_trainer,
     check_context_of_batches,
     check_generation,
@@ -25,6 +24,7 @@ from .trainer import (
     move_to_front,
     saved_search,
 )
+from .strategies.bandit import Reward
 from .values import is_int, python_number
 
 logger = logging.getLogger(__name__)

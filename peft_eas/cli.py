@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.models.auto import modeling_auto
 from transformers.utils import find_adapter_config_file
 
-from .card import AUTO_CLASSES, write_adapter_card, write_merged_card
 from .config import EASConfig
 from .export import to_gguf, to_vllm
-from .plots import draw_skip_map, plot_search_curve, plot_skip_map
-from .provenance import hub_id_of, is_same_mha
-from .summary import eas_summary
+from .reporting.card import AUTO_CLASSES, write_adapter_card, write_merged_card
+from .reporting.plots import draw_skip_map, plot_search_curve, plot_skip_map
+from .reporting.provenance import hub_id_of, is_same_mha
+from .reporting.summary import eas_summary
 
 # The Auto classes that load a base for each of PEFT's task types.
 TASKS = {

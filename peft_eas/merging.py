@@ -13,15 +13,15 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter import RoutedAdapter
 from .architectures import join
-from .checks import check_not_offloaded, check_whole
-from .fold import shift_before
-from .forward import ADAPTER_NAME
-from .layer import AdaptedLayer, EASLayer, MHALayer
-from .merged import FOLDED_MARK, FORMAT, check_registered, relative_name, turn_into_merged
-from .provenance import origin
-from .tokens import check_tokens, merge_tokens, unload_tokens
+from .folding.fold import shift_before
+from .injection.checks import check_not_offloaded, check_whole
+from .injection.tokens import check_tokens, merge_tokens, unload_tokens
+from .layers import AdaptedLayer, EASLayer, MHALayer
+from .reporting.provenance import origin
+from .runtime.adapter import RoutedAdapter
+from .runtime.forward import ADAPTER_NAME
+from .runtime.merged import FOLDED_MARK, FORMAT, check_registered, relative_name, turn_into_merged
 
 
 class MergingTuner(BaseTuner):

@@ -9,27 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .adapter import RoutedAdapter
 from .architectures import join, rows_of
-from .candidate import Candidate
-from .checks import (
-    Targets,
-    block_width,
-    check_base,
-    check_names,
-    check_skip_fields,
-    check_state_dict,
-    find_targets,
-    matches,
-    prompt_root,
-    skippable_mhas,
-)
 from .config import EASConfig
-from .layer import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
+from .injection.checks import check_base, check_names, check_skip_fields, check_state_dict
+from .injection.targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
+from .injection.tokens import check_trained_tokens, complete_wrappers, copy_tokens
+from .layers import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
+from .layers.candidate import Candidate
 from .merging import MergingTuner
-from .prompt_hook import PromptHook
-from .skipped import slot_of
-from .tokens import check_trained_tokens, complete_wrappers, copy_tokens
+from .runtime.adapter import RoutedAdapter
+from .runtime.prompt_hook import PromptHook
+from .runtime.skipped import slot_of
 
 # Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
 _TASKS_WITHOUT_ANSWER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from peft_eas import ARCHITECTURES as TABLE
 from peft_eas import Architecture, EASConfig
 from peft_eas.architectures import at_path, find_mhas
-from peft_eas.layer import FFNLayer, MHALayer
-from peft_eas.merged import merged_model_class
+from peft_eas.layers import FFNLayer, MHALayer
+from peft_eas.runtime.merged import merged_model_class
 
 NAMES = list(ARCHITECTURES)
 MIXTURES = [name for name, family in ARCHITECTURES.items() if "expert" in repr(family.config())]

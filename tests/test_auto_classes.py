@@ -72,7 +72,7 @@ SCRIPT = """
 import sys, torch, transformers, peft_eas
 for folder, auto_class in zip(sys.argv[1::2], sys.argv[2::2]):
     model = getattr(transformers, auto_class).from_pretrained(folder).eval()
-    assert type(model).__module__ == "peft_eas.merged", type(model)
+    assert type(model).__module__ == "peft_eas.runtime.merged", type(model)
     inputs, expected = torch.load(f"{folder}/expected.pt")
     assert torch.equal(model(**inputs).logits, expected), folder
 """

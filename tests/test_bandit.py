@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from peft_eas.bandit import RELATIVE_GAIN, AttentionBandit
+from peft_eas.strategies.bandit import RELATIVE_GAIN, AttentionBandit
 
 NAMES = [f"layers.{i}.self_attn" for i in range(4)]
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 
 from peft_eas import EASConfig
-from peft_eas.skipped import advance_cache
+from peft_eas.runtime.skipped import advance_cache
 
 MODES = ["prompt", "running", "merged prompt", "merged running"]
 BACKENDS = {"fp8": {}, "quanto": {"q_group_size": 8}, "hqq": {"q_group_size": 8}}

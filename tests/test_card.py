@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_merge import auto_class
 
 from peft_eas import provenance
-from peft_eas.card import BEGIN, END, PICTURE, PLACEHOLDER, record_speed
+from peft_eas.reporting.card import BEGIN, END, PICTURE, PLACEHOLDER, record_speed
 
 PIPELINES = {
     "llama": "text-generation",

@@ -17,8 +17,8 @@ from test_merge import auto_class, load_strictly
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_eas import EASConfig
-from peft_eas.checkpoint import CODE_FILE, CODE_PARTS, code_text
-from peft_eas.merged import FORMAT, checksum
+from peft_eas.runtime.checkpoint import CODE_FILE, CODE_PARTS, code_text
+from peft_eas.runtime.merged import FORMAT, checksum
 
 CONTEXTS = ["running", "prompt"]
 ADVICE = r"Copy or download .* again, with config.json as it was saved"
@@ -94,7 +94,7 @@ for folder, auto, again in jobs:
             output = model(**inputs)
         actual = output["logits"] if "logits" in output else output["last_hidden_state"]
         assert torch.equal(actual, expected), (folder, (actual - expected).abs().max())
-        assert (type(model).__module__ == "peft_eas.merged") == package, type(model)
+        assert (type(model).__module__ == "peft_eas.runtime.merged") == package, type(model)
         if folder != again:
             model.save_pretrained(again)
     transformers.AutoModel.from_pretrained(again, **options)

@@ -22,7 +22,7 @@ from examples.compare.report import write_report
 from examples.shared.json_lines import read_lines
 from examples.shared.task import Task, search_share, tune
 from peft_eas import EASSearch
-from peft_eas.adapter import RoutedAdapter
+from peft_eas.runtime.adapter import RoutedAdapter
 
 NAMES = [f"model.layers.{i}" for i in range(LAYERS)]
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from peft_eas import InputAdapter, PropagationAdapter
-from peft_eas.fold import check_projection, fold, fold_is_finite, low_rank_map, unfold
+from peft_eas.folding.fold import check_projection, fold, fold_is_finite, low_rank_map, unfold
 
 D, R = 32, 8
 ADAPTERS = [PropagationAdapter, InputAdapter]

@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.models.gemma2 import modeling_gemma2
 
 from peft_eas import EASConfig, Skippable
-from peft_eas.adapter import RoutedAdapter
+from peft_eas.runtime.adapter import RoutedAdapter
 
 # Per family and layer: the norm that only feeds the MHA, the projections of the MHA, and the FFN.
 PARTS = {

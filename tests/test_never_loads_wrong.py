@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_merge import auto_class, load_strictly
 
 from peft_eas import EASConfig
-from peft_eas.merged import checksum
+from peft_eas.runtime.merged import checksum
 
 SAYS_WHAT_TO_DO = (
     r"EAS checkpoint.*random weights.*pip install peft_eas.*import peft_eas.*Auto class.*trust_remote_code=True"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from training import SCHEDULE, make_trainer
 
 from peft_eas import EASCallback
-from peft_eas.plots import plot_search_curve
+from peft_eas.reporting.plots import plot_search_curve
 
 FOLDER = Path(__file__).parent / "old_artefacts"
 EXPECTED = load_file(FOLDER / "expected.safetensors")

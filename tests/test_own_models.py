@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from peft_eas import EASConfig
-from peft_eas.checkpoint import CODE_FILE
-from peft_eas.merged import register_family
+from peft_eas.runtime.checkpoint import CODE_FILE
+from peft_eas.runtime.merged import register_family
 
 MODULE = """
 from torch import nn
@@ -232,4 +232,4 @@ def test_classes_that_no_other_process_could_import_are_not_saved(place, message
 
 def test_a_class_that_nobody_knows():
     with pytest.raises(AttributeError, match=r"EASNobodysModel.*Import the module that defines"):
-        importlib.import_module("peft_eas.merged").EASNobodysModel  # noqa: B018
+        importlib.import_module("peft_eas.runtime.merged").EASNobodysModel  # noqa: B018

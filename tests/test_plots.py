@@ -7,13 +7,13 @@ import pytest
 from training import NAMES, SCHEDULE, make_model, make_trainer
 
 from peft_eas import EASCallback
-from peft_eas.bandit import AttentionBandit
+from peft_eas.strategies.bandit import AttentionBandit
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from peft_eas.plots import KEPT, SKIPPED, draw_skip_map, plot_search_curve, plot_skip_map  # noqa: E402
+from peft_eas.reporting.plots import KEPT, SKIPPED, draw_skip_map, plot_search_curve, plot_skip_map  # noqa: E402
 
 FAMILIES = {
     "few": [f"model.layers.{i}.self_attn" for i in range(4)],

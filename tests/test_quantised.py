@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.export import to_vllm
-from peft_eas.fold import LowRankMap, check_projection, fold, fold_is_finite, unfold
-from peft_eas.quantised import dense_weight, is_quantised
+from peft_eas.folding.fold import LowRankMap, check_projection, fold, fold_is_finite, unfold
+from peft_eas.folding.quantised import dense_weight, is_quantised
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning"),

@@ -17,7 +17,7 @@ from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_tra
 from transformers import TrainerCallback
 
 from peft_eas import EASCallback, EASConfig, EASSearch
-from peft_eas.adapter import RoutedAdapter
+from peft_eas.runtime.adapter import RoutedAdapter
 
 
 @pytest.mark.parametrize("step", [3, 8, 9, 12, 14, 18])

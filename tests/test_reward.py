@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_model, make_trainer, refuse, weights
 
 from peft_eas import EASCallback
-from peft_eas.reward import hold_back
+from peft_eas.search.rewards import hold_back
 
 
 def test_rewards_are_the_losses_of_the_sets_on_one_batch(tmp_path):

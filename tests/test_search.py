@@ -16,9 +16,9 @@ from torch import nn
 from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_model, make_trainer, weights
 
 from peft_eas import EASCallback, EASSearch, Skippable
-from peft_eas.adapter import RoutedAdapter
-from peft_eas.search import SETTINGS
-from peft_eas.skippable import eas_of
+from peft_eas.runtime.adapter import RoutedAdapter
+from peft_eas.search.loop import SETTINGS
+from peft_eas.search.skippable import eas_of
 
 STEPS = 20
 
@@ -377,7 +377,7 @@ def test_the_adapter_is_saved_as_after_trainer(tmp_path) -> None:
 
 def test_its_state_can_be_drawn(tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    from peft_eas.plots import plot_skip_map
+    from peft_eas.reporting.plots import plot_skip_map
 
     plot_skip_map(Run().train().search.state_dict(), tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 0

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from peft_eas import Architecture, EASConfig
-from peft_eas.forward import BranchForward
-from peft_eas.skipped import EmptyLayer, NoUpdate, advance_cache, skipped_output
+from peft_eas.runtime.forward import BranchForward
+from peft_eas.runtime.skipped import EmptyLayer, NoUpdate, advance_cache, skipped_output
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from training import SCHEDULE, make_trainer
 from transformers import TrainerCallback
 
 from peft_eas import EASCallback, EASConfig, eas_summary
-from peft_eas.provenance import origin
+from peft_eas.reporting.provenance import origin
 
 FFN = 48
 TOKENS = 64

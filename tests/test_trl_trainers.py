@@ -13,7 +13,7 @@ from peft import get_peft_model
 from test_trl import datasets, make_tokenizer, trl
 
 from peft_eas import EASCallback, EASConfig
-from peft_eas.trainer import calling_trainer
+from peft_eas.search.trainer import calling_trainer
 
 # Eight steps: warm-up to 2, rounds at 4 and 6, when the set is fixed and the context frozen.
 SCHEDULE = {"search_steps": 6, "warmup_steps": 2, "interval": 2}

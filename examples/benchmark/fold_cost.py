@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from examples.benchmark.variants import Recipe, adapted
 from examples.shared.peak_memory import peak_memory
-from peft_eas.adapter import PropagationAdapter
-from peft_eas.fold import fold, low_rank_map
+from peft_eas.folding.fold import fold, low_rank_map
+from peft_eas.runtime.adapter import PropagationAdapter
 
 Projections = list[nn.Linear]
 

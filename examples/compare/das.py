@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from peft_eas import EASConfig, InputAdapter
 from peft_eas.architectures import find_mhas
-from peft_eas.skipped import advance_cache, find_cache
+from peft_eas.runtime.skipped import advance_cache, find_cache
 
 
 class SkippedLayer(nn.Module):

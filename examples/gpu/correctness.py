@@ -21,7 +21,7 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from examples.gpu.parts import Case, Clock
 from peft_eas import EASCallback, EASConfig
-from peft_eas.prompt import PROMPT_MASK_KEY
+from peft_eas.runtime.prompt import PROMPT_MASK_KEY
 
 # The tiny models are those of the tests.
 sys.path.append(str(Path(__file__).parents[2] / "tests"))

@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
-from .config import EASConfig
+from ..config import EASConfig
 
 
 def check_trained_tokens(config: EASConfig, model: nn.Module) -> None:

@@ -1,24 +1,14 @@
-"""The wrappers that take a block's MHA, its norm and its FFN in hand.
+"""What the wrappers around an MHA and an FFN have in common: adapters, their context, and their fold."""
 
-A candidate MHA has three kinds of wrappers: `MHALayer` around the attention, which computes it or leaves it out;
-`NormLayer` around a norm that only serves it; `FFNLayer` around the FFN, in front of which the PIA stands. What they
-must agree on, above all which adapters skip the MHA, they share through one `Candidate`.
-"""
-
-import threading
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
-from .architectures import at_path
-from .candidate import Candidate
-from .config import EASConfig
-from .context_cache import cached_length, read_context, write_context
-from .fold import (
+from ..architectures import at_path
+from ..config import EASConfig
+from ..folding.fold import (
     ExpertWeights,
     FoldRecord,
     LowRankMap,
@@ -30,90 +20,13 @@ from .fold import (
     shift_before,
     unfold,
 )
-from .forward import Attended, Call, replace_hidden_states
-from .offloaded import execution_device, fetched, offload_hook
-from .prompt import PROMPT_KEY
-from .quantised import is_floating, is_quantised
-from .skipped import advance_cache, fill_cross_slot, skipped_return, slot_of
-
-
-class EASLayer(nn.Module, BaseTunerLayer):
-    """What the three wrappers have in common: PEFT's switches, and the wrapped module's attributes shining through."""
-
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
-
-    def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.candidate = candidate
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def extra_repr(self) -> str:
-        candidate = self.candidate
-        if candidate.skipped_by:
-            return f"MHA skipped by {sorted(candidate.skipped_by)}"
-        is_never = candidate.kept_by and candidate.kept_by == set(candidate.configs)
-        return "MHA never skipped" if is_never else "MHA kept"
-
-    @property
-    def adapter_in_force(self) -> str | None:
-        """Name of the active adapter that has this MHA as a target, or None while adapters are disabled."""
-        if self.disable_adapters:
-            return None
-        for name in self.active_adapters:  # torch 2.6 does not compile next() with a default
-            if name in self.candidate.configs:
-                return name
-        return None
-
-    @property
-    def is_skipped(self) -> bool:
-        """Whether the adapter in force skips the MHA."""
-        return self.candidate.is_skipped_by(self.adapter_in_force)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.candidate.configs.pop(adapter_name, None)
-        self.candidate.skipped_by.discard(adapter_name)
-        self.candidate.kept_by.discard(adapter_name)
-        super().delete_adapter(adapter_name)
-
-    def _all_available_adapter_names(self) -> list[str]:
-        # All wrappers of a candidate answer alike, also those that hold no weights of an adapter.
-        return sorted(self.candidate.configs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing to fold; see `AdaptedLayer`."""
-
-    def unmerge(self) -> None:
-        """Nothing was folded; see `AdaptedLayer`."""
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Returns the wrapped module, with the adapters folded into it or with everything folded taken out again."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.unmerge()
-        return self.base_layer
-
-
-class NormLayer(EASLayer):
-    """Around a norm that only feeds an MHA, or that only the MHA feeds: not computed where the MHA is skipped."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns the norm of `hidden_states`; for a skipped MHA, `hidden_states` or nothing, as it was given."""
-        return hidden_states if self.is_skipped else self.base_layer(hidden_states)
+from ..folding.offloaded import execution_device, fetched, offload_hook
+from ..folding.quantised import is_floating, is_quantised
+from ..runtime.adapter import InputAdapter, RoutedAdapter
+from ..runtime.context_cache import read_context, write_context
+from ..runtime.forward import Call
+from .base import EASLayer
+from .candidate import Candidate
 
 
 class AdaptedLayer(EASLayer):
@@ -352,96 +265,3 @@ class AdaptedLayer(EASLayer):
         parameters = list(base_layer.parameters())
         dtype = next((p.dtype for p in parameters if is_floating(p.dtype)), None)  # float8 is no dtype to train in
         return execution_device(base_layer) or (parameters[0].device if parameters else None), dtype
-
-
-class MHALayer(AdaptedLayer):
-    """Around an MHA: leaves it out where it is skipped, and adapts its input where it is kept."""
-
-    adapter_layer_names = ("eas_input",)
-    adapter_class = InputAdapter
-    stands_for_skipped = False
-
-    def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
-        super().__init__(base_layer, candidate)
-        self.eas_input = nn.ModuleDict()
-        names = candidate.architecture.attends
-        self.attended = None if names is None else Attended.of(base_layer, names)
-        self.cross_slot = slot_of(base_layer) if candidate.layer_idx is None else None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""
-        adapter, row = self._adapter_to_apply(), self.candidate.architecture
-        if adapter is None and not self.is_skipped:
-            kwargs.pop(PROMPT_KEY, None)
-            return self.base_layer(*args, **kwargs)
-        # What is attended to tells the context, which is known already where it is frozen.
-        attended = self.attended if self._takes_prompt(self.adapter_in_force) else None
-        call = Call(args, kwargs, self.candidate.current, attended)
-        kwargs.pop(PROMPT_KEY, None)
-        z = args[0] if args else kwargs["hidden_states"]
-        if self.is_skipped:
-            self.candidate.call.put(call)
-            advance_cache(call.cache, self.candidate.layer_idx, z)
-            fill_cross_slot(call.cache, self.cross_slot, z)
-            norm = row.kept_norm and at_path(self.base_layer, row.kept_norm.removeprefix(f"{row.mha}."))
-            return skipped_return(z, norm, row.returns, kwargs)
-        seen = cached_length(call.cache, self.candidate.layer_idx) if self.needs_prompt else 0
-        sequences = call.as_sequences(z)
-        context = self._context(adapter, sequences, call, seen)
-        output = self._call_with_input(call.as_given(adapter(sequences, context), z), args, kwargs)
-        self._keep_context(context, call)
-        return output
-
-    def _call_with_input(self, z: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Calls the MHA with z as the input of its projections; a residual inside it keeps the input it was given."""
-        core = self.candidate.architecture.core
-        if core is None:
-            args, kwargs = replace_hidden_states(z, args, kwargs)
-            return self.base_layer(*args, **kwargs)
-        core = self.base_layer.get_submodule(core.removeprefix(f"{self.candidate.architecture.mha}."))
-        thread = threading.get_ident()
-
-        def adapt(_: nn.Module, *inputs: Any) -> tuple[tuple, dict[str, Any]] | None:
-            # Another thread may be inside the same module with an input of its own.
-            return replace_hidden_states(z, *inputs) if threading.get_ident() == thread else None
-
-        handle = core.register_forward_pre_hook(adapt, with_kwargs=True)
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            handle.remove()
-
-
-class FFNLayer(AdaptedLayer):
-    """Around an FFN: puts the PIA in front of it where the block's MHA is skipped.
-
-    An FFN behind several MHAs has one wrapper for each, the first MHA's inside.
-    """
-
-    adapter_layer_names = ("eas_pia",)
-    adapter_class = PropagationAdapter
-    stands_for_skipped = True
-
-    def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
-        super().__init__(base_layer, candidate)
-        self.eas_pia = nn.ModuleDict()
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the FFN does."""
-        call, adapter = self.candidate.call.take(), self._adapter_to_apply()
-        if self.fold_shift is not None:
-            hidden_states = hidden_states + self.fold_shift.to(hidden_states)
-        if adapter is None:
-            return self.base_layer(hidden_states, *args, **kwargs)
-        if call is None:
-            raise RuntimeError(
-                f"{self.candidate.name} is skipped, but the block went past it, as past a cross-attention that is "
-                "given no encoder_hidden_states, so that its adapter has nothing to stand for. Give the model what it "
-                "attends to, or take it out of the targets with exclude_modules."
-            )
-        z = call.as_sequences(hidden_states)
-        # The cache has counted this pass's tokens already, as the MHA, or its wrapper, came first.
-        seen = cached_length(call.cache, self.candidate.layer_idx) - z.shape[1] if self.needs_prompt else 0
-        context = self._context(adapter, z, call, seen)
-        self._keep_context(context, call)
-        return self.base_layer(call.as_given(adapter(z, context), hidden_states), *args, **kwargs)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter import RoutedAdapter
+from ..runtime.adapter import RoutedAdapter
 from .quantised import (
     Original,
     dense_weight,

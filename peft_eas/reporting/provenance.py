@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import (
@@ -18,19 +18,18 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layer import AdaptedLayer, MHALayer
-
-if TYPE_CHECKING:
-    from .model import EASModel
+from ..layers import AdaptedLayer, MHALayer
+from ..version import __version__
 
 CARD = "README.md"
 LICENSE_TIMEOUT = 3.0  # seconds
 
 
-def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
+def origin(eas: BaseTuner, adapter_name: str) -> dict[str, Any]:
     """Where a model merged with this adapter comes from, as values for JSON: the merged config keeps it.
 
     `base_model` is the base's id on the Hub, or None; `base_name` is what to call it, without the path of a folder;
@@ -38,8 +37,6 @@ def origin(eas: "EASModel", adapter_name: str) -> dict[str, Any]:
     skipped and those that never are. A base that was merged before, and has no id on the Hub, counts as the base that
     it came from.
     """
-    from . import __version__  # the package imports this module
-
     config = eas.peft_config[adapter_name]
     base_config = getattr(eas.model, "config", None)
     earlier = (getattr(base_config, "eas", None) or {}).get("origin") or {}
@@ -96,21 +93,21 @@ def is_same_mha(name: str, relative: str) -> bool:
     return f".{name}".endswith(f".{relative}")
 
 
-def _mhas_of(eas: "EASModel", adapter_name: str, never_skipped: bool) -> list[str]:
+def _mhas_of(eas: BaseTuner, adapter_name: str, never_skipped: bool) -> list[str]:
     """Full names of the MHAs that the adapter never skips, or of those that it may, whichever adapter is active."""
     mhas = (module.candidate for module in eas.model.modules() if isinstance(module, MHALayer))
     own = (mha for mha in mhas if adapter_name in mha.configs)
     return [mha.name for mha in own if (adapter_name in mha.kept_by) == never_skipped]
 
 
-def saved_numbers(eas: "EASModel", adapter_name: str) -> int:
+def saved_numbers(eas: BaseTuner, adapter_name: str) -> int:
     """How many numbers the adapter's file holds: what is trained, and statistics such as the running context."""
     # Not by state_dict(), which in a distributed run may wait for the other processes.
     tensors = (*eas.named_parameters(), *eas.named_buffers())
     return sum(_size(tensor) for name, tensor in tensors if _is_of(adapter_name, name))
 
 
-def _parameters_of(eas: "EASModel", adapter_name: str) -> list[nn.Parameter]:
+def _parameters_of(eas: BaseTuner, adapter_name: str) -> list[nn.Parameter]:
     """What is trained with an adapter: its own parameters, its copies of `modules_to_save`, its tokens."""
     named = (item for item in eas.named_parameters() if not item[0].endswith(".running_context"))
     return [parameter for name, parameter in named if _is_of(adapter_name, name)]

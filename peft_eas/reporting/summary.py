@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, at_path, find_mhas, join
-from .checks import block_width, matches
-from .layer import AdaptedLayer, FFNLayer, MHALayer
-from .merged import relative_name
+from ..architectures import Architecture, at_path, find_mhas, join
+from ..injection.targets import block_width, matches
+from ..layers import AdaptedLayer, FFNLayer, MHALayer
+from ..runtime.merged import relative_name
+from ..runtime.skipped import SkippedMHA
+from ..values import is_int
 from .provenance import added_parameters, is_same_mha, size_of
-from .skipped import SkippedMHA
-from .values import is_int
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal, NamedTuple
 
-from .bandit import check_search_values
-from .values import is_int
+from ..strategies.bandit import check_search_values
+from ..values import is_int
 
 # What decides the course of a search, in `EASSearch` and in `EASCallback` alike.
 SETTINGS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState
 
-from .model import EASModel
+from ..model import EASModel
 from .skippable import Skippable
 
 

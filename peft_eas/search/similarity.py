@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .architectures import join
-from .candidate import Candidate
-from .forward import Argument
-from .layer import MHALayer
-from .model import EASModel
-from .prompt import attended_tokens
-from .search import evaluation_mode
+from ..architectures import join
+from ..layers import MHALayer
+from ..layers.candidate import Candidate
+from ..model import EASModel
+from ..runtime.forward import Argument
+from ..runtime.prompt import attended_tokens
+from .loop import evaluation_mode
 from .skippable import eas_of
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from .architectures import Architecture
-from .config import EASConfig
-from .forward import Call
-from .prompt import ByThread, Prompt
+from ..architectures import Architecture
+from ..config import EASConfig
+from ..runtime.forward import Call
+from ..runtime.prompt import ByThread, Prompt
 
 
 class Candidate:

@@ -1,21 +1,19 @@
 """`EASSearch`: the search in a training loop of one's own. It knows nothing of Trainer."""
 
-import contextlib
 import logging
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .bandit import AttentionBandit, Reward
-from .model import EASModel
+from ..model import EASModel
+from ..strategies.bandit import AttentionBandit, Reward
+from ..values import python_number
+from .evaluation import evaluation_mode, mean_over_ranks, preserved_random_state
 from .schedule import SETTINGS, FreezeAt, Schedule, check_settings
 from .skippable import eas_of, needs_search
-from .values import python_number
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +316,7 @@ class EASSearch:
                     losses.append(self._checked_loss(batch))
         finally:
             self._end_step()
-        self.bandit.update(sets, _mean_over_ranks(torch.stack(losses)), step=self.step)
+        self.bandit.update(sets, mean_over_ranks(torch.stack(losses)), step=self.step)
         self.eas.set_skipped_modules(self.bandit.best())
         self.eas.active_config.note_scores(self._scores)
 
@@ -388,41 +386,3 @@ class EASSearch:
                 "find_unused_parameters=True and static_graph=False (with accelerate: "
                 "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))."
             )
-
-
-def _mean_over_ranks(losses: torch.Tensor) -> list[float]:
-    on_ranks = [losses]
-    if torch.distributed.is_initialized():
-        on_ranks = [torch.empty_like(losses) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(on_ranks, losses)
-    # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
-    return torch.stack(on_ranks).double().cpu().mean(0).tolist()
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; behind it every module's mode is again what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(modes[0][1])
-        for module, mode in modes:  # such as a part of the model that is kept in evaluation mode
-            module.training = mode
-
-
-@contextlib.contextmanager
-def preserved_random_state(seed: int) -> Iterator[None]:
-    """Seeds all random states inside, and gives them back as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from .values import is_finite
+from ..values import is_finite
 
 Reward = Literal["relative", "exp"]
 REWARDS = ("relative", "exp")

@@ -1,0 +1,1 @@
+"""What goes into a model: its targets, checks of what is given, and trained tokens."""

@@ -1,0 +1,180 @@
+"""What a config, a base model and an adapter's weights must fulfil together, checked before anything is changed."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import EASConfig
+from ..folding.offloaded import execution_device
+from ..layers import AdaptedLayer
+from ..runtime.forward import ADAPTER_NAME
+from .targets import Targets, block_width, is_merged, matches, shorten, skippable_mhas
+
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+def check_skip_fields(config: EASConfig, targets: Iterable[str]) -> None:
+    """Raises a ValueError unless `skipped_modules` and `num_skip` fit the target MHAs that are not kept."""
+    candidates = [name for name in targets if not matches(config.kept_modules, name)]
+    both = [name for name in config.skipped_modules or () if name in targets and name not in candidates]
+    if both:
+        raise ValueError(
+            f"skipped_modules names {shorten(both)}, which kept_modules={config.kept_modules!r} never skips. Take it "
+            "out of one of them."
+        )
+    check_names(config.skipped_modules or (), candidates)
+    if (config.num_skip or 0) > len(candidates):
+        raise ValueError(
+            f"num_skip={config.num_skip}, but this model has {len(candidates)} MHAs that may be skipped "
+            f"({shorten(candidates)}). Choose num_skip from 0 to {len(candidates)}."
+        )
+
+
+def check_names(names: Iterable[str], candidates: list[str]) -> list[str]:
+    """Returns `names` as a list. Raises a ValueError unless they are candidates, each named once."""
+    names = list(names) if isinstance(names, Iterable) and not isinstance(names, (str, bytes)) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"skipped_modules={names!r} was received. Give a list of full names of candidates: {shorten(candidates)}."
+        )
+    unknown = [repr(name) for name in names if name not in candidates]
+    if unknown:
+        raise ValueError(
+            f"skipped_modules names {shorten(unknown)}, which cannot be skipped. Use full names of candidates: "
+            f"{shorten(candidates)}."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"skipped_modules names an MHA more than once: {names}. Name each once.")
+    return names
+
+
+def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[str, Any]:
+    """Returns the base model's shape: its number of MHAs, the targets' widths, and whether it was merged with EAS.
+
+    Raises:
+        ValueError: if the adapter was made for another shape or is for a task that the model is not for, if `groups`
+            does not divide a width, if the model computes its FFN in chunks, or if it was merged already and has kept
+            its adapters.
+    """
+    if any(f"{ADAPTER_NAME}_" in name for name, _ in model.named_modules()):
+        raise ValueError(
+            f"{type(model).__name__} was merged with context='prompt' and still has its adapters, which other EAS "
+            "adapters cannot stand in front of. Merge with a frozen context (freeze_context()) to train it further."
+        )
+    widths = sorted({block_width(model, block, row) for block, row in targets.values()})
+    shape = {"num_mhas": len(skippable_mhas(model)), "widths": widths, "merged": is_merged(model)}
+    # Adapters that were saved before merged models were told apart may be for either.
+    if config.base_shape is not None and {"merged": is_merged(model), **config.base_shape} != shape:
+        raise ValueError(
+            f"This adapter was made for a base model with {config.base_shape}, but this one has {shape}. Load it on "
+            f"the base model it was trained on ({config.base_model_name_or_path})."
+        )
+    for width in widths:
+        if width % config.groups:
+            raise ValueError(
+                f"groups={config.groups} does not divide the model's width, {width}. Choose a divisor of it."
+            )
+    if config.task_type in _GENERATING and not hasattr(model, "prepare_inputs_for_generation"):
+        kinds = {row.kind for _, row in targets.values()}
+        if "decoder" not in kinds:
+            raise ValueError(
+                f"task_type={str(config.task_type)!r} is for models that generate text, but {type(model).__name__} "
+                f"does not, and its MHAs are of the kind {', '.join(sorted(kinds))}. Choose another task_type, such "
+                "as 'SEQ_CLS' or 'FEATURE_EXTRACTION', or leave it out."
+            )
+    chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
+    if chunk_size:
+        raise ValueError(
+            f"chunk_size_feed_forward={chunk_size} feeds the FFN a part of the tokens at a time, but the adapter in "
+            "front of it takes all of a sequence. Set chunk_size_feed_forward to 0 in the model's config; a "
+            "folded model takes any."
+        )
+    return shape
+
+
+def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+    """Refuses EAS weights that do not fit the model, whose keys start with `prefix` in `state_dict`.
+
+    Where the skip set is open, an adapter may be absent as a whole, for a checkpoint holds only what is used. Where it
+    is fixed, weights that only another set would use are no mistake: a checkpoint within a search has them.
+
+    Raises:
+        ValueError: for weights of a layer that the model does not have, of another shape, or incomplete.
+    """
+    own = {key: value for key, value in state_dict.items() if ".eas_" in key}
+    given = {key: value for key, value in own.items() if key.startswith(prefix)}
+    layers = {
+        f"{prefix}{name}.{layer.adapter_layer_names[0]}.": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdaptedLayer)
+    }
+    weights = {
+        (path, name): {k.removeprefix(f"{path}{name}."): v for k, v in given.items() if k.startswith(f"{path}{name}.")}
+        for path, layer in layers.items()
+        for name in layer.adapters
+    }
+    loaded = {name for (_, name), tensors in weights.items() if tensors}
+    placed = {f"{path}{name}.{key}" for (path, name), tensors in weights.items() for key in tensors}
+    problems = [
+        f"it has {key}, for which there is no place in the model"
+        for key in given or own  # none that is given at all has another prefix
+        if key not in placed and not any(_is_of_another_set(key, layers, name) for name in loaded)
+    ]
+    for (path, name), tensors in weights.items():
+        is_fixed = layers[path].candidate.configs[name].skipped_modules is not None
+        if tensors or (is_fixed and name in loaded):
+            problems += _misfits(layers[path].adapters[name].state_dict(), tensors, f"{path}{name}.")
+    if problems:
+        raise ValueError(
+            f"The file's EAS weights do not fit this model: {problems[0]} (problem 1 of {len(problems)}). Load them "
+            "on the base model, and with the adapter_config.json, that they were saved with."
+        )
+
+
+def _is_of_another_set(key: str, layers: dict[str, AdaptedLayer], name: str) -> bool:
+    """Whether `key` would have a place in the adapter `name` if its skip set, which is fixed, were another one."""
+    layer = next((layer for path, layer in layers.items() if key.startswith(path)), None)
+    config = layer and layer.candidate.configs.get(name)
+    is_unused = config and config.skipped_modules is not None and name not in layer.adapters
+    return bool(is_unused and layer.could_use(name))
+
+
+def _misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], prefix: str) -> Iterator[str]:
+    for key, tensor in own.items():
+        if key not in given:
+            yield f"{prefix}{key} is missing"
+        elif given[key].shape != tensor.shape:
+            yield f"{prefix}{key} has shape {tuple(given[key].shape)} instead of {tuple(tensor.shape)}"
+        elif tensor.is_floating_point() and not given[key].is_floating_point():
+            yield f"{prefix}{key} has dtype {given[key].dtype}, but weights are floating-point numbers"
+    for key in given:
+        if key not in own:
+            yield f"it has {prefix}{key}, for which there is no place in the model"
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises a ValueError if `model` lies in shards on several ranks, where nothing can be folded into it."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"The model is sharded by FSDP ({sharded} is a DTensor), and adapters are merged into whole weights only. "
+            "Save the adapter with the full state dict (accelerator.get_state_dict(model)), load it onto the base "
+            "model in a new process, and merge there."
+        )
+
+
+def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
+    """Raises a ValueError if an adapter would stay in front of weights that device_map keeps on the CPU or on disk."""
+    for layer in layers:
+        if execution_device(layer.base_layer) is not None:
+            raise ValueError(
+                f"device_map offloads {layer.candidate.name} or the FFN behind it, in front of which context='prompt' "
+                "would keep an adapter. Load the base with a device_map that offloads nothing, such as 'cpu', and the "
+                "adapter on it, and merge there; or merge with a frozen context, whose adapters are folded."
+            )

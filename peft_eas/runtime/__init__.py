@@ -1,0 +1,1 @@
+"""What runs in a merged model, and travels with its checkpoint: needs torch and transformers alone."""

@@ -1,0 +1,47 @@
+"""What a round of rewards needs: evaluation mode, random states that stay as they were, and a mean over ranks."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def mean_over_ranks(losses: torch.Tensor) -> list[float]:
+    on_ranks = [losses]
+    if torch.distributed.is_initialized():
+        on_ranks = [torch.empty_like(losses) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(on_ranks, losses)
+    # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
+    return torch.stack(on_ranks).double().cpu().mean(0).tolist()
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; behind it every module's mode is again what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])
+        for module, mode in modes:  # such as a part of the model that is kept in evaluation mode
+            module.training = mode
+
+
+@contextlib.contextmanager
+def preserved_random_state(seed: int) -> Iterator[None]:
+    """Seeds all random states inside, and gives them back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

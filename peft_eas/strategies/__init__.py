@@ -1,0 +1,1 @@
+"""How a search chooses: plain numbers, no tensors of a model."""
