@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import transformers
 from conftest import add_eas, build_model, difference, logits, make_inputs, mha_names
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models
 from training import SCHEDULE, make_model, make_trainer
 from transformers import PreTrainedTokenizerFast
 
-from peft_eas import EASCallback, eas_summary
+from peft_eas import EASCallback, EASConfig, eas_summary
 from peft_eas.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,30 @@ def test_merge_finds_the_class_and_says_what_the_adapter_says(saved, capsys):
     assert len(deleted) == 2
     assert (saved.out / "modeling_eas.py").is_file()
     assert (saved.out / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("family", "task_type", "auto_class"),
+    [
+        ("t5", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+        ("whisper", "SEQ_2_SEQ_LM", "AutoModelForSpeechSeq2Seq"),
+        ("qwen2_vl", "CAUSAL_LM", "AutoModelForImageTextToText"),
+        ("xlm-roberta", "TOKEN_CLS", "AutoModelForTokenClassification"),
+        ("bart", "FEATURE_EXTRACTION", "AutoModel"),
+        ("vilt", None, "AutoModelForVisualQuestionAnswering"),
+    ],
+)
+def test_the_task_type_or_the_class_trained_on_finds_the_class(family, task_type, auto_class, tmp_path):
+    family, auto_class = families.ARCHITECTURES[family], getattr(transformers, auto_class)
+    family.build().save_pretrained(tmp_path / "base")
+    base = auto_class.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, EASConfig(task_type=task_type, num_skip=1, context="none"))
+    model.base_model.fix_skipped_modules(model.base_model.candidates[-1:])
+    expected = families.output(model.get_base_model().eval(), family.make_inputs())
+    model.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out"))]) == 0
+    merged = auto_class.from_pretrained(tmp_path / "out").eval()
+    assert difference(families.output(merged, family.make_inputs()), expected) < 1e-5
 
 
 def test_merge_in_another_dtype(llama):
