@@ -83,7 +83,7 @@ def fill(folder: Path) -> None:
     model = get_peft_model(base, EASConfig(task_type="CAUSAL_LM", skipped_modules=skipped, context="running"))
     model.save_pretrained(folder / "my-adapter")
     model.merge_and_unload().save_pretrained(folder / "my-model", processing_class=make_tokenizer())
-    for name, size, seed in (("train", 480, 0), ("test", 32, 1)):
+    for name, size, seed in (("train", 240, 0), ("test", 32, 1)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(size, seed)))
 
 
