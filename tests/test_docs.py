@@ -28,6 +28,8 @@ import peft_eas
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What they say is looked up as well, but their Python is not run.
+OF_EXAMPLES = sorted((ROOT / "examples").rglob("README.md"))
 BLOCK = re.compile(r"((?:<!-- [^\n]*? -->\n)*)```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN_MOST = 2  # blocks in all pages
 
@@ -57,8 +59,8 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def pages_with(language: str) -> list:
-    return [pytest.param(page, id=name(page)) for page in PAGES if blocks(page, language)]
+def parameters(pages: list[Path], language: str | None = None) -> list:
+    return [pytest.param(page, id=name(page)) for page in pages if language is None or blocks(page, language)]
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +70,7 @@ def filled(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
+@pytest.mark.parametrize("page", parameters(PAGES, "python"))
 def test_python_blocks_run(page: Path, filled: Path, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("trl", reason="needs the package trl (extra `test`)")
     shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
@@ -242,7 +244,7 @@ def check_own_command(words: list[str]) -> None:
 CHECKS = {"pip", "python", "peft-eas", "torchrun", "accelerate", "git", "cd", "vllm", "ruff", "export"}
 
 
-@pytest.mark.parametrize("page", pages_with("bash"))
+@pytest.mark.parametrize("page", parameters(PAGES + OF_EXAMPLES, "bash"))
 def test_shell_blocks_name_what_there_is(page: Path) -> None:
     for block in blocks(page, "bash"):
         for program, *words in commands(block):
@@ -262,7 +264,7 @@ def test_shell_blocks_name_what_there_is(page: Path) -> None:
 # --- the pages -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=name(page)) for page in PAGES])
+@pytest.mark.parametrize("page", parameters(PAGES + OF_EXAMPLES))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -287,7 +289,7 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
         assert f"]({name(page)}" in readme, f"README.md has no link to {name(page)}"
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=name(page)) for page in PAGES])
+@pytest.mark.parametrize("page", parameters(PAGES + OF_EXAMPLES))
 def test_tables_are_whole(page: Path) -> None:
     """Each row has as many cells as the head."""
     rows: list[int] = []
