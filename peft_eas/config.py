@@ -68,8 +68,9 @@ class EASConfig(PeftConfig):
     kept_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "MHAs that get the adapter of a kept MHA but are never skipped, among the targets or besides "
-            "them, such as a vision tower's beside a text model's; same forms. What is excluded too gets no adapter."
+            "help": "MHAs that get an adapter but are never skipped, such as those of a vision tower beside a text "
+            "model; same forms. They need not be among the targets. `exclude_modules` goes before it: what both name "
+            "gets no adapter."
         },
     )
     modules_to_save: list[str] | None = field(
@@ -87,14 +88,16 @@ class EASConfig(PeftConfig):
     num_skip: int | None = field(
         default=None,
         metadata={
-            "help": "How many MHAs the search (EASCallback) skips, at least 0 and at most as many as there are "
-            "targets that `kept_modules` does not name. Default: as many as `skipped_modules` names, else none."
+            "help": "How many MHAs the search (EASCallback) skips: from 0 to the number of targets, without those "
+            "that `kept_modules` names. Default: as many as `skipped_modules` names; without that, none, and nothing "
+            "is searched."
         },
     )
     skipped_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Full names of the MHAs to skip. Given by the user to go without a search; written by the search."
+            "help": "Full names of the MHAs to skip. Give them to train without a search; a search writes here what "
+            "it has found."
         },
     )
     r: int = field(default=32, metadata={"help": "Rank of the adapter (PIA) that stands for a skipped MHA."})
@@ -122,10 +125,11 @@ class EASConfig(PeftConfig):
     context: Literal["prompt", "running", "none"] = field(
         default="prompt",
         metadata={
-            "help": "'prompt': the mean over each sequence's own prompt (the paper). 'running': the running mean of "
-            "the prompts' means seen in training, frozen; exact under a merge. Training ends in 'running'. 'none': "
-            "adapters that read nothing but each token itself, z + s U dropout(C z), with one path and no router; "
-            "the merge needs no frozen context to be exact."
+            "help": "The one statistic of the prompt that adapters read, a mean over its tokens. 'prompt': each "
+            "sequence's own (the paper). 'running': one for all, the mean of the prompts seen in training; it is "
+            "frozen, and the merge is exact. Training begins with 'prompt', and EASCallback turns it into 'running' "
+            "when the search ends. 'none': adapters that read each token alone, z + s U dropout(C z), with one path "
+            "and no router; the merge is exact at any time."
         },
     )
     context_recorded: bool = field(
@@ -179,7 +183,7 @@ class EASConfig(PeftConfig):
                 except re.error as error:
                     raise ValueError(
                         f"EASConfig({name}={value!r}): a text is a regular expression over full names, and this one "
-                        f"does not compile ({error}). Mend it, or give {what}."
+                        f"does not compile ({error}). Correct it, or give {what}."
                     ) from error
             elif isinstance(value, (list, tuple, set)) and all(isinstance(one, str) and one for one in value):
                 setattr(self, name, set(value) if is_pattern else list(dict.fromkeys(value)))

@@ -101,7 +101,7 @@ def test_values_out_of_range(field, value, allowed):
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "kept_modules"])
 @pytest.mark.parametrize("value", ["[", "*self_attn", "model.(layers", "a{2,1}"])
 def test_texts_that_are_no_regular_expressions(field, value):
-    message = rf"EASConfig\({field}='{re.escape(value)}'\): .*does not compile \(.*\)\. Mend it, or give a list"
+    message = rf"EASConfig\({field}='{re.escape(value)}'\): .*does not compile \(.*\)\. Correct it, or give a list"
     with pytest.raises(ValueError, match=message):
         EASConfig(**{field: value})
 

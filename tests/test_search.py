@@ -3,8 +3,6 @@
 import copy
 import inspect
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,30 +69,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         return self
-
-
-def test_the_example_of_the_readme_runs() -> None:
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
-    section = readme.split("\n## Without Trainer\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    model = make_model().train()
-    train_loader = torch.utils.data.DataLoader(Sentences(size=240), batch_size=4, shuffle=True)
-    names = {
-        "model": model,
-        "num_steps": len(train_loader),
-        "train_loader": train_loader,
-        "eval_loader": torch.utils.data.DataLoader(Sentences(size=20, seed=1), batch_size=4),
-        "optimizer": torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2),
-    }
-    exec(code, names)
-    config = model.peft_config["default"]
-    assert len(names["search"].bandit.rounds) > 0
-    assert len(config.skipped_modules) == 2
-    assert config.context == "running"
-    merged = names["merged"]
-    assert len(merged.config.eas["skipped"]) == 2
-    assert merged(**HELD_OUT[0]).logits.isfinite().all()
 
 
 def test_without_a_context_there_is_nothing_to_freeze() -> None:

@@ -288,8 +288,8 @@ def _write(
     path, card = folder / CARD, _load(folder)
     if card is None and path.is_file():
         warnings.warn(
-            f"The front matter of {path} cannot be read, so the card is left as it is. Mend the part between the two "
-            "lines `---`, and save again.",
+            f"The front matter of {path} cannot be read, so the card is left as it is. Repair the part between the "
+            "two lines `---`, and save again.",
             stacklevel=2,
         )
         return

@@ -138,9 +138,9 @@ def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
         2 × (weights of its projections) + 4 × (heads × width of a head) × (tokens attended to)
 
     where the second term is the products of queries with keys and of attention weights with values. The whole model
-    needs 2 × (weights of its linear layers, and of a mixture's experts those that a token is given to) and the second
-    term of every MHA that the table of architectures knows. A tower without a candidate is left out there, for its
-    tokens are others.
+    needs 2 × (weights of its linear layers; of a mixture's experts, only those that a token is given to) and the
+    second term of every MHA that the table of architectures knows. A tower without a candidate is left out, because
+    it sees other tokens.
 
     Args:
         model: a model with EAS adapters, of which the active one counts, or a merged one.

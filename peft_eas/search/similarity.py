@@ -23,16 +23,16 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
     """Cosine similarity of the residual stream in front of and behind each candidate MHA.
 
     Source: He et al., "What Matters in Transformers? Not All Attention is Needed" (arXiv 2406.15786), section 3: the
-    higher, the less the attention changes, so that the most similar are dropped first. The similarity is taken token
-    by token; where the MHA itself holds the sum and a norm behind it (BERT's kind), it is of that norm's output.
+    higher, the less the attention changes, so that the most similar are skipped first. The similarity is taken token
+    by token. Where the MHA itself adds the residual and applies a norm (as in BERT), that norm's output is compared.
 
         names = sorted(similarities, key=similarities.get, reverse=True)[:k]
         model.base_model.fix_skipped_modules(names)
 
     Args:
         model: what `get_peft_model(model, EASConfig(num_skip=k, ...))` returned, with nothing skipped. It is called in
-            evaluation mode, which is switched back.
-        batches: keyword arguments of the model. Padding, as the mask tells that a block is given, does not count.
+            evaluation mode, which is switched back afterwards.
+        batches: keyword arguments of the model. Padding does not count, as far as an attention mask tells of it.
 
     Returns:
         by full name of the candidate, the mean over the tokens of all batches, in [-1, 1], in the model's order.

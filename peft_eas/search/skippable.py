@@ -14,15 +14,16 @@ from ..model import EASModel
 class Skippable(Protocol):
     """A `torch.nn.Module` of which `EASSearch` and `EASCallback` choose what to skip.
 
-    `EASModel` is one, whose candidates are MHAs; a model of one's own may be another, such as one that skips whole
-    layers. It may be wrapped for distributed training, compiled, or the base of another PEFT method.
+    `EASModel` is one; its candidates are MHAs. Your own model may be another, such as one that skips whole layers. It
+    may be wrapped for distributed training, compiled, or the base of another PEFT method.
     """
 
     @property
     def active_config(self) -> EASConfig:
-        """The search reads `num_skip`, `skipped_modules` (None: to be searched) and `context`.
+        """The search reads `num_skip`, `skipped_modules` (None: to be searched) and `context` from it.
 
-        It writes `scores`, by `note_scores` too. Where there is nothing to freeze, `context` is "none".
+        It writes `scores` there at the end, and calls `note_scores` after each round. A model that has no context to
+        freeze says context="none".
         """
 
     @property
@@ -37,12 +38,12 @@ class Skippable(Protocol):
         """Skips exactly the candidates `names` from the next forward pass on; called in every step of a search."""
 
     def fix_skipped_modules(self, names: Sequence[str]) -> None:
-        """The same for good: writes them into the config; parameters that are of no use any longer may be dropped."""
+        """Skips them for good: writes them into the config. Parameters that are of no more use may be dropped."""
 
     def anneal_context(self, share: float) -> None:
-        """Called if `context` is "prompt": before each step and round of rewards, and with 0.0 after them.
+        """Called if `context` is "prompt": before each step and each round of rewards, and with 0.0 after them.
 
-        Until the next call each context is (1 − share) · the prompt's + share · what `freeze_context` would leave.
+        Until the next call, each context is (1 − share) · the prompt's + share · what `freeze_context` would leave.
         """
 
     def freeze_context(self, is_resumed: bool = False) -> None:
@@ -53,7 +54,7 @@ class Skippable(Protocol):
         """
 
     def sync_context(self) -> None:
-        """Called after each optimizer step; makes what the ranks have gathered each for itself equal."""
+        """Called after each optimizer step: makes equal on all ranks what each has gathered for itself."""
 
 
 def eas_of(model: nn.Module, caller: str, receiver: str) -> Skippable:

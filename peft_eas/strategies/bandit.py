@@ -28,21 +28,22 @@ MAX_DRAWS = 100
 
 
 class AttentionBandit:
-    """Scores σ of the candidates, from which skip sets are drawn and by which the final one is chosen.
+    """A score σ for each candidate. Skip sets are drawn by the scores; in the end, the highest ones are skipped.
 
     Scores start at 0. With p = softmax(κ σ), a round of sets j with losses ℓ_j moves, for every candidate i in set j,
 
         σ_i += η · advantage_j · p_i (1 − p_i)
 
-    where p is that at the start of the round. The advantage depends on the reward:
+    with p as it was at the start of the round. The advantage depends on the reward:
 
     - "exp" (the paper): v_j − mean(v) with v = exp(−ℓ). Where losses are large or tiny, all v are nearly the same
       (exp(−8) is 3e-4, exp(−0.01) is 0.99), and p stays nearly flat.
     - "relative": (mean(ℓ) − ℓ_j) / s, at most 3 either way, times 0.1, where s is the median over the last 10 rounds
-      of the losses' standard deviation within a round. It is the same whatever the losses are multiplied by or
-      shifted by.
+      of the losses' standard deviation within a round. It stays the same if all losses are multiplied by a number,
+      or shifted by one.
 
-    Every random number is drawn from (seed, number of draws so far), so that the whole state is a few plain values.
+    Every random number depends on the seed and the number of draws so far alone, so that the whole state is a few
+    plain values.
 
     Args:
         candidates: names of the MHAs that may be skipped, in layer order.

@@ -1,4 +1,4 @@
-"""The README's table of models, as the table of architectures has them. Run as a script, it renews the README."""
+"""The table in docs/models.md, as the table of architectures has it. Run as a script, it renews the page."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,14 @@ import transformers
 
 from peft_eas.architectures import ARCHITECTURES, UNSUPPORTED, Architecture
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN = "<!-- models: written by tests/readme_models.py -->"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN = "<!-- models: written by tests/docs_models.py -->"
 END = "<!-- models: end -->"
 HEAD = ("Model, as transformers calls it", "Block", "Attentions", "Targets by default")
 
 
 def section() -> str:
-    """The README's table, and what does not work and why, between the markers."""
+    """The page's table, and what does not work and why, between the markers."""
     families = families_of([*ARCHITECTURES, *UNSUPPORTED])
     rows = [(_listed(families.get(block)), f"`{block}`", *described(rows)) for block, rows in ARCHITECTURES.items()]
     table = ["| " + " | ".join(row) + " |" for row in (HEAD, ("---",) * len(HEAD), *rows)]
@@ -50,11 +50,11 @@ def families_of(blocks: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def in_readme() -> str:
-    """The section that stands in the README."""
-    text = README.read_text(encoding="utf-8")
+def on_page() -> str:
+    """The section that stands on the page."""
+    text = PAGE.read_text(encoding="utf-8")
     return text[text.index(BEGIN) : text.index(END) + len(END)]
 
 
 if __name__ == "__main__":
-    README.write_text(README.read_text(encoding="utf-8").replace(in_readme(), section()), encoding="utf-8")
+    PAGE.write_text(PAGE.read_text(encoding="utf-8").replace(on_page(), section()), encoding="utf-8")
