@@ -35,27 +35,29 @@ SEARCH_FILE = "eas_search.json"
 class EASCallback(TrainerCallback, ExportableState):
     """Runs the search, `EASSearch`, while Trainer trains.
 
-    A run goes through the phases "warm-up", "search" and "frozen" that `EASSearch` tells of, with "tune" before the
-    last if that comes later or never. Evaluation and checkpoints during the search see the best set so far, never one
-    that was drawn, and each prompt's own context, never an annealed one; so they and a merge do after Ctrl+C or an
-    exception, and `finish()` then ends the search. A checkpoint holds the state of the search:
-    `trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted, on a model made by
-    `get_peft_model` as for the first run. Where `EASConfig` gives `skipped_modules`, or `num_skip` is 0, there is
-    nothing to search, and the context is annealed and frozen. Any other `Skippable` model is searched in the same way.
+    A run goes through the phases "warm-up", "search" and "frozen", which `EASSearch` explains. With
+    `freeze_context_at`, "tune" comes before the last, or is the last. Evaluation and checkpoints during the search see
+    the best set so far, never one that was drawn, and each prompt's own context, never an annealed one; so they and a
+    merge do after Ctrl+C or an exception, and `finish()` then ends the search. A checkpoint holds the state of the
+    search: `trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted, on a model made by
+    `get_peft_model` as for the first run. If `EASConfig` gives `skipped_modules`, or `num_skip` is 0, nothing is
+    searched; the context is still annealed and frozen, so that the merge is exact. Any other `Skippable` model is
+    searched in the same way.
 
     Trainer's log gets `EASSearch.figures()`: `eas/entropy`, `eas/loss`, `eas/reward` and `eas/best` until the search
-    is over, `eas/phase` always; the last two are text and go to `state.log_history` alone, as report tools take
-    numbers. The finished search is written to `eas_search.json` in `output_dir`.
+    is over, and `eas/phase` always. The last two are text, and report tools take numbers, so these go to
+    `state.log_history` alone. The finished search is written to `eas_search.json` in `output_dir`.
 
     Args:
         reward, search_steps, warmup_steps, interval, num_candidates, score_lr, score_temperature, freeze_context_at:
             as in `EASSearch`.
         reward_dataset: what rewards are computed on, in batches of `per_device_eval_batch_size`. Default: the
-            Trainer's eval set (the first, if there are several), whose figures are then slightly selected for. Where
-            there is none either, 5 % of the training set, at most 512 samples, are held back from training for it.
-            The loss of a batch is what the Trainer computes in its own evaluation; of completions that it generates
-            and scores (TRL's GRPO, RLOO), whose loss tells nothing of the model, minus their mean reward.
-        seed: of all that the search draws. Default: the Trainer's.
+            Trainer's eval set (the first, if there are several). The search then chooses what does well on that set,
+            so its figures come out slightly too good. Without an eval set, 5 % of the training set, at most 512
+            samples, are held back. The loss of a batch is what the Trainer computes in its own evaluation; of
+            completions that it generates and scores (TRL's GRPO, RLOO), whose loss tells nothing of the model, minus
+            their mean reward.
+        seed: for everything that the search draws. Default: the Trainer's.
 
     Raises:
         ValueError: for a setting out of range; at the start of training, for settings that do not fit the run.

@@ -67,16 +67,16 @@ class MergingTuner(BaseTuner):
     ) -> nn.Module:
         """Deletes the skipped MHAs, and folds the adapters into the weights in place.
 
-        A quantised projection is dequantised, folded into and quantised again, one at a time; what no adapter reaches
-        stays as it is.
+        Quantised projections are dequantised, changed and quantised again, one at a time. Weights that no adapter
+        stands in front of stay as they are.
 
         Args:
-            safe_merge: whether to look for NaN and infinity first. adapter_names: the adapter to merge, by default the
-                active one; or several that skip the same MHAs, which add up, each to what the others read.
-            context: "running", the default: the adapters are folded with their running context, exact for an adapter
-                whose context is frozen or that has none. "prompt": the adapters of an adapter with context="prompt"
-                stay in front of the projections, as two thin factors that each prompt decides once; exact for any
-                batch.
+            safe_merge: whether to look for NaN and infinity first. adapter_names: the adapter to merge; default: the
+                active one. Or several that skip the same MHAs: their changes are added up, all reading the same input.
+            context: "running", the default, folds the adapters with their running context. That is exact if the
+                context is frozen, or if there is none. "prompt", for an adapter with context="prompt", keeps the
+                adapters in front of the projections, as two thin factors that are computed once for each prompt. That
+                is exact for any batch.
 
         Raises:
             TypeError: for a projection that is sharded, of another kind, or quantised in a way that cannot be written

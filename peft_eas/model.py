@@ -53,7 +53,8 @@ class EASModel(MergingTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """See PEFT. A config object that another adapter has already is copied, for each has its own skip set.
+        """See PEFT. If another adapter already has this config object, it is copied, because each has its own skip
+        set.
 
         Trained tokens then begin as that adapter's: so TRL makes its reference, and then copies all but these.
         """
@@ -236,10 +237,11 @@ class EASModel(MergingTuner):
         )
 
     def freeze_context(self, is_resumed: bool = False) -> None:
-        """Switches the active adapter to context="running" for good: what is trained from here on is folded as it is.
+        """Switches the active adapter to context="running" for good: from now on, what is trained is exactly what is
+        folded.
 
-        Warns where an adapter has seen no prompt yet, so that its running mean is zero; not where a run `is_resumed`
-        that was frozen already, for then the running mean comes with its weights. Where the context is not the prompt,
+        Warns if an adapter has seen no prompt yet, because its running mean is then zero. With `is_resumed` there is
+        no warning: the run was frozen before, and the mean comes with the weights. If the context is not the prompt's,
         there is nothing to do.
         """
         config = self.active_config
@@ -262,10 +264,10 @@ class EASModel(MergingTuner):
         config.context = "running"
 
     def anneal_context(self, share: float) -> None:
-        """Gives the running mean, as it is now, `share` of the prompt's place in all contexts until the next call.
+        """Until the next call, mixes the running mean, as it is now, into all contexts, with the weight `share`.
 
-        So training gets from each prompt's context (0.0) to the one that `freeze_context` leaves (1.0). It is no part
-        of a checkpoint, and concerns the active adapter, if its context is the prompt.
+        In this way training passes from each prompt's own context (0.0) to the one that `freeze_context` leaves (1.0).
+        It applies to the active adapter, if its context is the prompt's, and is not saved in checkpoints.
 
         Raises:
             ValueError: for a share out of range.
@@ -279,7 +281,7 @@ class EASModel(MergingTuner):
     def sync_context(self) -> None:
         """Makes the running contexts equal on all ranks, to their mean. Call once per optimizer step while training.
 
-        Without torch.distributed, and where the context is not the prompt (any longer), there is nothing to do.
+        Without torch.distributed, or if the context is not the prompt's (any more), there is nothing to do.
         """
         if self.active_config.context != "prompt" or not torch.distributed.is_initialized():
             return
@@ -324,8 +326,8 @@ class EASModel(MergingTuner):
         """Skips exactly the MHAs `names`, full names, from the next forward pass on. Cheap; moves no weights.
 
         Raises:
-            ValueError: for a name that is no candidate or is repeated, for an MHA whose adapter for being skipped (or
-                kept) was dropped, and while adapters are merged.
+            ValueError: for a name that is no candidate or is repeated; for an MHA that lacks the adapter it needs,
+                because it was dropped; while adapters are merged.
         """
         names = self._checked_skip_set(names)
         self.end_step()
@@ -350,7 +352,8 @@ class EASModel(MergingTuner):
         return names
 
     def fix_skipped_modules(self, names: Sequence[str]) -> None:
-        """Ends the search with the MHAs `names`: writes them into the config and drops the adapters without use.
+        """Skips the MHAs `names` for good: writes them into the config, and drops the adapters that are not needed any
+        more.
 
         Raises:
             ValueError: as `set_skipped_modules`; nothing is changed then.

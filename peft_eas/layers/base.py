@@ -10,7 +10,7 @@ from .candidate import Candidate
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
-    """What the three wrappers have in common: PEFT's switches, and the wrapped module's attributes shining through."""
+    """What the three wrappers have in common: PEFT's switches, and access to the wrapped module's attributes."""
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class EASLayer(nn.Module, BaseTunerLayer):
 
 
 class NormLayer(EASLayer):
-    """Around a norm that only feeds an MHA, or that only the MHA feeds: not computed where the MHA is skipped."""
+    """Around a norm that belongs to one MHA alone, at its input or its output. It is skipped with the MHA."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns the norm of `hidden_states`; for a skipped MHA, `hidden_states` or nothing, as it was given."""

@@ -14,7 +14,7 @@ from .candidate import Candidate
 class FFNLayer(AdaptedLayer):
     """Around an FFN: puts the PIA in front of it where the block's MHA is skipped.
 
-    An FFN behind several MHAs has one wrapper for each, the first MHA's inside.
+    If several MHAs stand in front of one FFN, it has a wrapper for each, nested: the first MHA's is the innermost.
     """
 
     adapter_layer_names = ("eas_pia",)

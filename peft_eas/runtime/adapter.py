@@ -66,11 +66,12 @@ def _block_diagonal(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 class RoutedAdapter(nn.Module):
-    """What both adapters share: a bottleneck, routed up-projections, and the running mean of the contexts.
+    """What both adapters share: a bottleneck, up-projections that a router mixes, and the running mean of the
+    contexts.
 
-    The router mixes the paths, g = softmax((R m) / τ); since the mix does not depend on the token, the paths are mixed
-    as weights, once per sequence (or once for all, when the context is the running mean). One path needs no router:
-    Σ_e g_e U_e is U_0 then. What reads no context has no running mean of it either.
+    The router mixes the paths by g = softmax((R m) / τ). The mix is the same for all tokens of a sequence, so the
+    paths' weights are mixed, once per sequence, or once for all if the context is the running mean. One path needs no
+    router: Σ_e g_e U_e is then U_0. An adapter that reads no context keeps no running mean.
 
     The running mean is a buffer while it moves, and an untrained parameter once it is frozen (`freeze_context`) and
     decides what the adapter computes; float32 in any case.
@@ -79,12 +80,12 @@ class RoutedAdapter(nn.Module):
         d: width of the model. r: rank of the bottleneck. groups: diagonal blocks of the up-projections.
         scale: factor s on the adapter's output. router_temperature: τ.
         dropout: probability with which a bottleneck unit is dropped in training.
-        init_weights: with True the up-projections stay at zero and the adapter is the identity; with False they are
-            drawn like the down-projections.
+        init_weights: True: the up-projections start at zero, and the adapter is the identity. False: they are drawn
+            like the down-projections.
         paths: number of up-projections that the router mixes; 1 for no router.
 
     Raises:
-        ValueError: if r or `paths` is not positive, or if `groups` divides r or d with a remainder.
+        ValueError: if r or `paths` is below 1, or if `groups` does not divide r and d.
     """
 
     has_context_path: ClassVar[bool] = False
@@ -224,7 +225,7 @@ class RoutedAdapter(nn.Module):
 
     @torch.no_grad()
     def record(self, context: torch.Tensor, momentum: float = 0.01) -> None:
-        """Takes the batch mean of `context`, shape (B, d), into the running mean.
+        """Adds the batch's mean of `context`, shape (B, d), to the running mean.
 
         The first 1 / momentum batches count alike, so that a short run has an unbiased mean; later ones enter with
         weight `momentum`, so that a long run follows the weights as they change.
@@ -234,16 +235,17 @@ class RoutedAdapter(nn.Module):
         self.running_context.lerp_(context.mean(0).to(self.running_context), weight.to(self.running_context))
 
     def anneal(self, share: float) -> None:
-        """Lets the running mean, as it is now, take `share` of the prompt's place in `annealed` until the next call.
+        """Until the next call, `annealed` mixes the running mean, as it is now, into each context, with the weight
+        `share`.
 
-        A mean that is not known yet takes none. That it stays as it was keeps passes equal: those that gradient
-        checkpointing computes twice, and micro-batches on several ranks.
+        As long as no mean is known, the weight is 0. The mean is not moved until the next call, so that passes stay
+        equal that must be: gradient checkpointing computes one twice, and ranks have several micro-batches.
         """
         self.is_annealing_paused = False
         self._annealed_to = (self.running_context.clone(), share * (self.num_contexts > 0)) if share > 0 else None
 
     def annealed(self, context: torch.Tensor) -> torch.Tensor:
-        """The contexts, (B, d), that are to be taken in the place of the prompts' ones; see `anneal`."""
+        """The contexts, (B, d), to use instead of the prompts' own; see `anneal`."""
         if self._annealed_to is None or self.is_annealing_paused:
             return context
         mean, share = self._annealed_to
@@ -283,9 +285,9 @@ class PropagationAdapter(RoutedAdapter):
 class InputAdapter(RoutedAdapter):
     """The adapter at the input of a kept MHA: z + s Σ_e g_e U_e dropout(C z).
 
-    It has no context path; the context, shape (B, d) or (1, d), only drives the router, and may be None without one.
-    With one path it also is what PIA is with context="none": each token's own, C z, is all that enters the bottleneck.
-    Arguments and errors are those of `RoutedAdapter`.
+    The context, shape (B, d) or (1, d), does not enter the bottleneck; it only drives the router, and may be None if
+    there is none. With one path, this is also the adapter that stands for a skipped MHA with context="none". Arguments
+    and errors are those of `RoutedAdapter`.
     """
 
     def forward(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:

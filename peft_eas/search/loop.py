@@ -1,4 +1,4 @@
-"""`EASSearch`: the search in a training loop of one's own. It knows nothing of Trainer."""
+"""`EASSearch`: the search in a training loop of your own. It knows nothing of Trainer."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -25,14 +25,14 @@ class EASSearch:
 
     - "warm-up": each optimizer step trains with `num_skip` MHAs drawn at random skipped.
     - "search": the same, drawn from p; every `interval` steps, `num_candidates` sets are compared on a held-out batch.
-    - "tune": the best set is skipped for good; left out where the context is frozen at once.
-    - "frozen": the same, with context="running", so that what is trained is exactly what a merge folds. With
-      context="none" there is nothing to freeze, and the run ends in "tune".
+    - "tune": the best set is skipped for good, and the context is not frozen yet. By default there is no such phase.
+    - "frozen": the best set is skipped for good, with context="running": what is trained is exactly what a merge
+      folds. With context="none" there is nothing to freeze, and the run ends in "tune".
 
-    Between the warm-up and the freeze the context is annealed: in training and rewards, the running mean takes ever
-    more of each prompt's place. Where the freeze is when the search ends, the last rewards compare what a merge
-    leaves. A set that is chosen by each prompt's own context, which then is frozen at once, can turn out useless, as
-    where attentions between two modalities are skipped because the context tells of the other one.
+    Between the warm-up and the freeze the context is annealed: in training and in rewards, each prompt's own mean
+    gives way, step by step, to the running mean of all prompts. By default the freeze comes when the search ends, so
+    that the last rewards compare what a merge leaves. A sudden freeze can make a set useless: each prompt's own
+    context may have stood in for skipped attentions between two modalities, which a mean of all prompts cannot.
 
     Call `before_step()` before the forward pass and `after_step()` after the optimizer's step:
 
@@ -49,45 +49,46 @@ class EASSearch:
     evaluation mode, saved or merged; so it does where an exception or Ctrl+C ends a step. Where `EASConfig` gives
     `skipped_modules`, or `num_skip` is 0 or all, there is nothing to search; the context is annealed and frozen.
 
-    The optimizer is given all parameters from the start: those of adapters that are dropped at the end of the search
-    get no gradient from then on.
+    Give the optimizer all parameters from the start. Some adapters are dropped at the end of the search; their
+    parameters get no gradient from then on.
 
-    In a distributed run every rank makes its own `EASSearch` with the same arguments. All draw the same sets, the
-    losses are averaged over the ranks, and so are the running contexts after each step.
-    `DistributedDataParallel` needs `find_unused_parameters=True`.
+    In a distributed run, make one `EASSearch` on every rank, with the same arguments. All ranks draw the same sets.
+    Losses are averaged over the ranks, and after each step the running contexts are, too. `DistributedDataParallel`
+    needs `find_unused_parameters=True`.
 
-    To resume, make model, optimizer and search as for the first run, and load the state of the search before those of
-    the model and the optimizer: it drops the adapters that the saved model no longer had. `num_steps` and settings may
-    be others; what is over stays over: the warm-up, the search, and a context that is frozen.
+    To resume, make model, optimizer and search as for the first run. Load the state of the search first, then those of
+    the model and the optimizer, because the first drops the adapters that the saved model no longer had. `num_steps`
+    and settings may be others; what is over stays over: the warm-up, the search, and a context that is frozen.
 
-    Where steps are wanted, an int counts optimizer steps and a float is a fraction of the run.
+    For settings in steps, an int is a number of optimizer steps, and a float a fraction of the run.
 
     Args:
-        model: what `get_peft_model(model, EASConfig(...))` returned, or any other `Skippable` module; as it is or as
-            accelerate prepared it.
+        model: what `get_peft_model(model, EASConfig(...))` returned, or any other `Skippable` module; accelerate may
+            have prepared it.
         num_steps: optimizer steps of the whole run.
-        batch_loss: returns the loss of the model as it is on one held-out batch, a tensor of one element or a number:
-            on the batch it is given, or, without `batches`, on the n-th for n = 0, 1, … It is called in evaluation
-            mode and without gradients, `num_candidates` times per batch. May be left out where nothing is searched.
+        batch_loss: a function that returns the model's present loss on one held-out batch, as a number or a tensor of
+            one element. It is given the batch; without `batches`, the number of the batch, 0, 1, … It is called in
+            evaluation mode and without gradients, `num_candidates` times per batch. Not needed if nothing is searched.
         batches: held-out batches, taken in turn and over again; in a distributed run, this rank's.
-        optimizer: what trains the model, to take the parameters of dropped adapters out of it. Needed where its state
+        optimizer: what trains the model. The parameters of dropped adapters are taken out of it. Needed if its state
             is saved by the parameters' names, as with FSDP; then also when resuming.
         reward: "relative" compares losses within a round; "exp" is the paper's exp(−loss).
-        search_steps: when the search ends.
-        warmup_steps: when, within that, rewards and the annealing of the context begin.
-        interval: optimizer steps from one round of rewards to the next.
+        search_steps: the step at which the search ends.
+        warmup_steps: the step at which rewards, and the annealing of the context, begin; before `search_steps`.
+        interval: optimizer steps from one round of rewards to the next. A run has (search_steps − warmup_steps) /
+            interval rounds; aim at one for each candidate, or more.
         num_candidates: sets compared per round.
         score_lr: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
         score_temperature: temperature κ of the scores.
-        freeze_context_at: when the context is frozen: "search_end", which `search_steps` tells even where nothing is
-            searched; a later step; or never (None), for a merge that keeps each prompt's own.
+        freeze_context_at: when the context is frozen: "search_end" is at `search_steps`, even if nothing is searched;
+            or a later step; or never (None), for a merge that keeps each prompt's own context.
         seed: of all that the search draws.
         state: what `state_dict` returned, to go on from as by `load_state_dict`. Given here, it also tells which of
             the settings are no longer to fit the run.
 
     Attributes:
         step: optimizer steps done.
-        bandit: the search's scores and rounds; None where there is nothing to search.
+        bandit: the search's scores and rounds (`AttentionBandit`); None if there is nothing to search.
 
     Raises:
         TypeError: for a model without EAS adapters that is no `Skippable` either.
