@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_merge import auto_class
 
-from peft_eas import provenance
+from peft_eas.reporting import provenance
 from peft_eas.reporting.card import BEGIN, END, PICTURE, PLACEHOLDER, record_speed
 
 PIPELINES = {

@@ -1,4 +1,4 @@
-"""Every code block of README.md, CONTRIBUTING.md and docs/ runs, or names what there is; every link leads somewhere.
+"""Every code block of README.md and docs/ runs, or names what there is; every link leads somewhere.
 
 Python blocks run as they stand, in the order of the page, in one namespace and in a folder that `docs_folder` fills.
 Comments in HTML right in front of a block say otherwise:
@@ -27,7 +27,7 @@ import torch
 import peft_eas
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What they say is looked up as well, but their Python is not run.
 OF_EXAMPLES = sorted((ROOT / "examples").rglob("README.md"))
 BLOCK = re.compile(r"((?:<!-- [^\n]*? -->\n)*)```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
