@@ -50,7 +50,7 @@ def fail():
 
 
 def test_a_part_that_fails_crashes_or_hangs_stops_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpu.parts.GRACE", 0.2)
+    monkeypatch.setattr("examples.gpu.parts.GRACE", 0.2)
     records, clock = Records(tmp_path), Clock(time.monotonic() + 300)
 
     def broken(_):

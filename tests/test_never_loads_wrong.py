@@ -248,7 +248,7 @@ def test_an_adapter_for_the_base_does_not_load_on_the_merged_model(family, check
     merged = auto_class(family).from_pretrained(checkpoints(family, "half")).to(device)
     inputs = make_inputs(family, device)
     expected = logits(merged, inputs)
-    with pytest.raises(ValueError, match=r"was made for a base model|cannot be skipped"):
+    with pytest.raises(ValueError, match="was made for a model before its merge"):
         PeftModel.from_pretrained(merged, tmp_path)
     assert torch.equal(logits(merged, inputs), expected)
 

@@ -94,8 +94,8 @@ def find_targets(config: EASConfig, model: nn.Module) -> Targets:
         raise ValueError(
             f"This adapter was made for a model before its merge, but {type(model).__name__} is a merged one, into "
             "which it may have gone already. Use the merged model as it is (without the adapter's files beside its "
-            "own, which transformers would apply), or load the adapter on the base model it was trained on "
-            f"({config.base_model_name_or_path})."
+            "own, which transformers would apply), or load the adapter on "
+            f"{config.base_model_name_or_path or 'the base model that it was trained on'}."
         )
     known = skippable_mhas(model)
     names = set(default_targets(model)) & set(known)
