@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .model import EASModel
 from .search.loop import EASSearch
 from .search.rewards import RewardSet, choose_reward_set, hold_back
 from .search.schedule import SETTINGS, FreezeAt, check_settings
@@ -28,6 +29,9 @@ from .strategies.bandit import Reward
 from .values import is_int, python_number
 
 logger = logging.getLogger(__name__)
+
+# Of Adam, for adapters that are trained from scratch: below this they learn next to nothing in an ordinary run.
+LEAST_LEARNING_RATE = 3e-4
 
 SEARCH_FILE = "eas_search.json"
 
@@ -166,7 +170,8 @@ class EASCallback(TrainerCallback, ExportableState):
         """Checks the settings against the run, and starts, resumes or leaves out the search."""
         trainer = calling_trainer()
         check_generation(trainer)
-        check_context_of_batches(trainer, eas_of(model, type(self).__name__, "Trainer"))
+        eas = eas_of(model, type(self).__name__, "Trainer")
+        check_context_of_batches(trainer, eas)
         move_to_front(trainer, self)
 
         self._search = self._reward_set = self._reward_source = self._shown_phase = None
@@ -194,6 +199,8 @@ class EASCallback(TrainerCallback, ExportableState):
                 )
             self._reward_source = self._reward_set.source
         self._search, self._run = search, (args, state)
+        if isinstance(eas, EASModel):
+            _check_learning_rate(trainer)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -259,3 +266,19 @@ class EASCallback(TrainerCallback, ExportableState):
         self._shown_phase = phase
         logger.info("EAS: %s from step %d of %d on.", phase, state.global_step, state.max_steps)
         describe_progress(calling_trainer(), f"EAS {phase}")
+
+
+def _check_learning_rate(trainer: Trainer) -> None:
+    """Warns of a learning rate that is meant for whole models, such as Trainer's default."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's has it inside
+    # Other optimizers have rates of another size; so have TRL's methods with a `beta`, such as DPO and GRPO.
+    if "adam" not in type(optimizer).__name__.lower() or hasattr(trainer.args, "beta"):
+        return
+    # While a schedule warms up, "lr" is lower than what it was given.
+    highest = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    if highest < LEAST_LEARNING_RATE:
+        logger.warning(
+            "EAS: the learning rate is %g, with which adapters that are trained from scratch hardly learn. Set "
+            "learning_rate to 1e-3 to 3e-3.",
+            highest,
+        )

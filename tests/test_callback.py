@@ -297,7 +297,7 @@ def test_numbers_of_numpy_are_taken_as_pythons_own():
     ("change", "message"),
     [
         ({"search_steps": 30}, r"ends at step 30 \(search_steps=30\).*does not fit into a run of 20 steps"),
-        ({"interval": 10}, "has no rewards. Lower interval or warmup_steps"),
+        ({"interval": 10}, r"has no rewards\. Set interval=4\.$"),
         ({"freeze_context_at": 0.3}, r"freeze_context_at=0\.3 is step 6, before the search is over at step 12"),
     ],
 )

@@ -15,8 +15,13 @@ from ..layers import EASLayer
 from ..runtime.merged import FOLDED_MARK
 from ..runtime.skipped import SkippedMHA
 
-# What PEFT adds to modules_to_save for some tasks, whether the model has it or not.
-_HEADS = ("classifier", "score", "qa_outputs")
+# What PEFT adds to modules_to_save for a task, whether the model has it or not. TRL's RewardTrainer adds lm_head, for
+# tokens of a chat template.
+_ADDED_HEADS = {
+    "SEQ_CLS": ("classifier", "score", "lm_head"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 # By one of which a projection tells its width.
 _OF_PROJECTIONS = ("weight", "in_features")
@@ -135,6 +140,9 @@ def _check_modules_to_save(config: EASConfig, model: nn.Module, targets: Targets
         join(block, path) + "." for block, row in targets.values() for path in (row.mha, row.ffn, *row.deleted_norms)
     }
     names = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
+    added = _ADDED_HEADS.get(config.task_type, ())
+    if config.inference_mode:  # trained already, maybe by an earlier version, which let all of these pass
+        added = {head for heads in _ADDED_HEADS.values() for head in heads}
     for given in config.modules_to_save or ():
         found = [name for name in names if name.endswith(given)]  # as PEFT does
         both = [n for n in found if any(f"{n}.".startswith(w) or w.startswith(f"{n}.") for w in wrapped)]
@@ -144,8 +152,7 @@ def _check_modules_to_save(config: EASConfig, model: nn.Module, targets: Targets
                 "or around what it wraps. Take it out of modules_to_save, or the MHA beside it out of the targets "
                 "with exclude_modules."
             )
-        is_of_trl = given == "lm_head" and config.task_type == "SEQ_CLS"  # RewardTrainer with tokens of a template
-        if not found and given not in _HEADS and not is_of_trl:
+        if not found and given not in added:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save!r}: {given!r} is no module of {type(model).__name__}. Give "
                 "names, or their endings, as model.named_modules() lists them."

@@ -12,6 +12,7 @@ from ..model import EASModel
 from ..strategies.bandit import AttentionBandit, Reward
 from ..values import python_number
 from .evaluation import evaluation_mode, mean_over_ranks, preserved_random_state
+from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
 from .schedule import SETTINGS, FreezeAt, Schedule, check_settings
 from .skippable import eas_of, needs_search
 
@@ -149,7 +150,7 @@ class EASSearch:
             settings["freeze_context_at"] = None
         self._schedule = self._resumed_schedule(Schedule.of(settings, num_steps), state)
         goes_on = self.is_searching and (state is None or state["skipped_modules"] is None)
-        self._schedule.check(settings, num_steps, has_search=goes_on)
+        self._schedule.check(settings, num_steps, wanted_rounds(self.bandit, self.num_candidates) if goes_on else None)
         if isinstance(self.eas, EASModel):
             self.eas.awaits_freeze = self._schedule.freeze_step is not None
         if self.is_searching:
@@ -159,6 +160,10 @@ class EASSearch:
         self._end_step()  # a run before may have been interrupted within one
         if state is not None:
             self.load_state_dict(state)
+        elif self.is_searching:
+            tell_of_search(self.bandit, self._schedule, settings, num_steps)
+        elif config.skipped_modules is None and config.num_skip is None:
+            tell_of_no_search(len(self.eas.candidates))
 
     # --- the course of a run ---------------------------------------------------------------------------------------
 
@@ -336,6 +341,7 @@ class EASSearch:
     def _end_search(self) -> None:
         self._fix(self.bandit.best())
         self._schedule = self._schedule._replace(search_end=self.step)
+        tell_of_choice(self.bandit)
 
     def _fix(self, names: Sequence[str]) -> None:
         # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches

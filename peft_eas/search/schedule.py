@@ -1,5 +1,6 @@
 """When a search begins, ends and freezes the context: its settings, and the steps that they mean in a run."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from ..strategies.bandit import check_search_values
@@ -17,6 +18,14 @@ SETTINGS = (
     "freeze_context_at",
 )
 
+# What a message offers in place of settings with which a run is too short for the search, the smallest change first.
+_CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"search_steps": 0.5},
+    {"search_steps": 0.5, "warmup_steps": 0.1},
+    {"search_steps": 0.5, "warmup_steps": 0},
+    {"search_steps": 0.5, "warmup_steps": 0, "freeze_context_at": "search_end"},
+)
 
 # Optimizer steps, a fraction of the run, the step at which the search ends, or never.
 FreezeAt = int | float | Literal["search_end"] | None
@@ -69,28 +78,91 @@ class Schedule(NamedTuple):
         done = min(1.0, max(0, step - self.anneal_from) / max(1, self.freeze_step - self.anneal_from))
         return self.first_share + (1.0 - self.first_share) * done
 
-    def check(self, settings: dict[str, Any], num_steps: int, has_search: bool) -> None:
+    def num_rounds(self, interval: int) -> int:
+        """Number of rounds of rewards, of which there is one every `interval` steps."""
+        return max(0, self.search_end - self.warmup_end) // interval
+
+    def has_room(self, interval: int, num_steps: int, rounds: int) -> bool:
+        """Whether a run has `rounds` rounds, steps left to train what they find, and no freeze before these."""
+        freeze_step = self.search_end if self.freeze_step is None else self.freeze_step
+        is_in_order = self.search_end < num_steps and self.search_end <= freeze_step <= num_steps
+        return is_in_order and self.num_rounds(interval) >= rounds
+
+    def check(self, settings: dict[str, Any], num_steps: int, rounds: int | None) -> None:
         """Raises a ValueError where the freeze is beyond the run, or a search has no room for rewards or goes on
-        beyond the freeze."""
+        beyond the freeze. `rounds` are what the search should have, None where there is none."""
+        has_search = rounds is not None
         interval, search_steps = settings["interval"], settings["search_steps"]
         if has_search and not self.warmup_end + interval <= self.search_end <= num_steps:
             raise ValueError(
                 f"A search that ends at step {self.search_end} (search_steps={search_steps}) with rewards every "
                 f"{interval} steps (interval) from step {self.warmup_end} on (warmup_steps="
-                f"{settings['warmup_steps']}) does not fit into a run of {num_steps} steps, or has no rewards. Lower "
-                "interval or warmup_steps, change search_steps, or train for longer."
+                f"{settings['warmup_steps']}) does not fit into a run of {num_steps} steps, or has no rewards. "
+                + what_fits(settings, num_steps, rounds)
             )
         freeze_at = f"freeze_context_at={settings['freeze_context_at']!r}"
         if self.freeze_step is not None and self.freeze_step > num_steps:
+            earlier = "freeze_context_at='search_end'" if self.search_end <= num_steps else "freeze_context_at=0.5"
+            if settings["freeze_context_at"] == "search_end":
+                earlier = "search_steps=0.3"
             raise ValueError(
                 f"{freeze_at} is step {self.freeze_step} (search_steps={search_steps}), beyond a run of {num_steps} "
-                "steps. Freeze earlier, or never (None)."
+                f"steps. Set {earlier}, or freeze never (freeze_context_at=None)."
             )
         if has_search and self.freeze_step is not None and self.freeze_step < self.search_end:
             raise ValueError(
                 f"{freeze_at} is step {self.freeze_step}, before the search is "
-                f"over at step {self.search_end} (search_steps={search_steps}). Freeze later, or search for less."
+                f"over at step {self.search_end} (search_steps={search_steps}). Freeze later, such as with "
+                "freeze_context_at='search_end', or search for less."
             )
+
+
+def what_fits(settings: dict[str, Any], num_steps: int, rounds: int) -> str:
+    """A sentence that names what to change for a search of `rounds` rounds, after which steps are left to train what
+    it finds: settings, the length of the run, or both. Where the run is too short for so many, settings for one."""
+    change = _fitting(settings, num_steps, rounds) or _fitting(settings, num_steps, 1)
+    num_longer = _fitting_steps(settings, rounds)
+    ways = [f"set {_as_arguments(change)}"] if change else []
+    if num_longer is not None and num_longer > num_steps:
+        ways.append(f"train for {num_longer} steps")
+    if not ways:
+        freeze_at = None if settings["freeze_context_at"] is None else "search_end"
+        change = {"search_steps": 0.3, "warmup_steps": 0.1, "freeze_context_at": freeze_at}
+        num_longer = _fitting_steps({**settings, **change}, rounds)
+        ways = [f"train for {num_longer} steps with {_as_arguments(change)}"]
+    text = ", or ".join(ways)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _as_arguments(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+def _fitting(settings: dict[str, Any], num_steps: int, rounds: int) -> dict[str, Any] | None:
+    """What to change of the settings so that a run of `num_steps` has room for `rounds` rounds."""
+    for change in _CHANGES:
+        if settings["freeze_context_at"] is None:
+            change = {name: value for name, value in change.items() if name != "freeze_context_at"}
+        schedule = Schedule.of({**settings, **change}, num_steps)
+        interval = min(settings["interval"], (schedule.search_end - schedule.warmup_end) // rounds)
+        if interval >= 1 and schedule.has_room(interval, num_steps, rounds):
+            change = {**change, "interval": interval}
+            return {name: value for name, value in change.items() if value != settings[name]}
+    return None
+
+
+def _fitting_steps(settings: dict[str, Any], rounds: int) -> int | None:
+    """Length of a run that has room for `rounds` rounds with the settings as they are, if there is any."""
+    times = settings["search_steps"], settings["warmup_steps"]
+    (search_share, search_steps), (warmup_share, warmup_steps) = (
+        (time, 0) if isinstance(time, float) else (0.0, time) for time in times
+    )
+    freeze_at = settings["freeze_context_at"]
+    num_steps = max(search_steps + 1, freeze_at if is_int(freeze_at) else 1)
+    if search_share > warmup_share:  # one step more than is missing, because both ends are rounded
+        missing = rounds * settings["interval"] + 1 + warmup_steps - search_steps
+        num_steps = max(num_steps, math.ceil(round(missing / (search_share - warmup_share), 6)))
+    return num_steps if Schedule.of(settings, num_steps).has_room(settings["interval"], num_steps, rounds) else None
 
 
 def check_settings(
