@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .injection.checks import first_layer_note
 from .model import EASModel
 from .search.loop import EASSearch
 from .search.rewards import RewardSet, choose_reward_set, hold_back
@@ -190,6 +191,10 @@ class EASCallback(TrainerCallback, ExportableState):
         )
         self._reward_source = saved.get("reward_source")
         if search.is_searching:
+            eas = eas_of(model, type(self).__name__, "Trainer")
+            note = first_layer_note(eas.active_config, getattr(eas, "model", None), eas.candidates)
+            if note and state.global_step == 0 and state.is_world_process_zero:
+                logger.warning("EAS: %s", note)
             self._reward_set = choose_reward_set(trainer, self.reward_dataset, self._held_back, self._seed(args))
             if self._reward_source not in (None, self._reward_set.source):
                 raise ValueError(

@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_path_and_base(summary)
     summary.add_argument(
-        "--context-length", type=int, default=1024, help="tokens that a token attends to, for FLOPs (default: 1024)"
+        "--context-length", type=int, help="tokens that a token attends to, for FLOPs (default: 1024, or an image's)"
     )
 
     plot = _command(

@@ -11,7 +11,14 @@ from torch import nn
 
 from .architectures import join, rows_of
 from .config import EASConfig
-from .injection.checks import check_base, check_names, check_skip_fields, check_state_dict
+from .injection.checks import (
+    check_base,
+    check_names,
+    check_other_methods,
+    check_skip_fields,
+    check_state_dict,
+    warn_of_untrained_head,
+)
 from .injection.targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
 from .injection.tokens import check_trained_tokens, complete_wrappers, copy_tokens
 from .layers import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
@@ -44,6 +51,10 @@ class EASModel(MergingTuner):
     _step: tuple[str, list[str]] | None = None
 
     # --- injection -------------------------------------------------------------------------------------------------
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_other_methods(model)  # PEFT enters the config into that of a PeftModel, before it injects
+        super().__init__(model, *args, **kwargs)
 
     def inject_adapter(
         self,
@@ -87,6 +98,7 @@ class EASModel(MergingTuner):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_name_is_free(name, peft_config, present)
         check_trained_tokens(peft_config, model)
+        warn_of_untrained_head(peft_config, model)
         peft_config.base_shape = shape
         self._targets = set(targets)
         if peft_config.target_modules is None:

@@ -3,6 +3,7 @@
 Bad values of the config are in test_config.py, those of `EASCallback` in test_callback.py.
 """
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -10,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import LAYERS, add_eas, build_model, difference, logits, make_eas, make_inputs, mha_names
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from peft_eas import ARCHITECTURES, EASConfig
 
@@ -752,21 +754,85 @@ def test_a_quantised_base_trains_and_generates(device):
     assert torch.isfinite(logits(model.unload(), inputs)).all()
 
 
-@pytest.mark.parametrize("kind", ["lora first", "lora second"])
-def test_merging_where_another_method_has_wrapped_the_projections(kind, device):
-    """PEFT's own mixed use: LoRA on a projection that is to be folded into."""
-    base = build_model("llama", device)
-    if kind == "lora first":
-        base = get_peft_model(base, LoraConfig(target_modules=["q_proj"])).base_model.model
-        model = add_eas(base, "llama", [0, 2], "running")
-        with Unchanged(model, "llama"), pytest.raises(TypeError, match=r"Cannot fold .*q_proj.*(LoRA|lora)"):
-            model.merge_and_unload()
-    else:
-        model = add_eas(base, "llama", [0, 2], "running")
-        inner = model.base_model.model.model.layers[1].self_attn.base_layer
-        inner.q_proj = nn.Sequential(inner.q_proj)
-        with Unchanged(model, "llama"), pytest.raises(TypeError, match=r"Cannot fold .*q_proj, a Sequential"):
-            model.merge_and_unload()
+def test_merging_where_something_has_wrapped_a_projection(device):
+    model = add_eas(build_model("llama", device), "llama", [0, 2], "running")
+    inner = model.base_model.model.model.layers[1].self_attn.base_layer
+    inner.q_proj = nn.Sequential(inner.q_proj)
+    with Unchanged(model, "llama"), pytest.raises(TypeError, match=r"Cannot fold .*q_proj, a Sequential"):
+        model.merge_and_unload()
+
+
+OTHER_METHODS = {
+    "LoRA": LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    "IA3": IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    "LN tuning": LNTuningConfig(target_modules=["input_layernorm"]),
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+@pytest.mark.parametrize("given", ["PeftModel", "the model inside"])
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_eas_over_another_methods_adapters(method, given, device):
+    other = get_peft_model(build_model("llama", device), copy.deepcopy(OTHER_METHODS[method]))
+    if method == "prompt tuning" and given != "PeftModel":
+        pytest.skip("a prompt is not in the model itself")
+    base = other if given == "PeftModel" else other.base_model.model
+    found = "prompt_encoder" if method == "prompt tuning" else r"layers\.0\."
+    message = rf"another PEFT method already \(.*{found}.*train LoRA, merge it.*or train EAS, merge it"
+    trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    with Unchanged(base, "llama"), pytest.raises(ValueError, match=message):
+        get_peft_model(base, EASConfig(num_skip=2))
+    assert type(other.peft_config["default"]) is type(OTHER_METHODS[method])
+    assert trainable == [name for name, parameter in base.named_parameters() if parameter.requires_grad] != []
+
+
+def test_eas_over_lora_in_an_encoder(device):
+    lora = get_peft_model(build_model("bert", device), LoraConfig(target_modules=["query"]))
+    with Unchanged(lora, "bert"), pytest.raises(ValueError, match=r"query is a peft\.tuners\.lora"):
+        get_peft_model(lora, EASConfig(task_type="SEQ_CLS", num_skip=2))
+
+
+def test_loading_eas_over_lora(folder, device):
+    lora = get_peft_model(build_model("llama", device), LoraConfig(target_modules=["q_proj"]))
+    with Unchanged(lora, "llama"), pytest.raises(ValueError, match="adapters of another PEFT method already"):
+        PeftModel.from_pretrained(lora, folder)
+
+
+def losses(model, inputs, steps=6):
+    """Of some steps of training on one batch."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    found = []
+    for _ in range(steps):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    model.eval()
+    return found
+
+
+@pytest.mark.parametrize("order", ["LoRA, merge, EAS", "EAS, merge, LoRA"])
+def test_the_two_orders_of_lora_and_eas_that_work(order, device, tmp_path):
+    """Each method trains, merges without loss, and the other goes on from there."""
+    names = mha_names("llama", [1, 2])
+    configs = {
+        "LoRA": lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]),
+        "EAS": lambda: EASConfig(task_type="CAUSAL_LM", skipped_modules=names, context="running"),
+    }
+    model, inputs = build_model("llama", device), make_inputs("llama", device)
+    for method in [part for part in order.split(", ") if part != "merge"]:
+        model = get_peft_model(model, configs[method]())
+        course = losses(model, inputs)
+        assert course[-1] < course[0] - 0.05, (method, course)
+        expected = logits(model, inputs)
+        model = model.merge_and_unload().eval()
+        assert difference(logits(model, inputs), expected) <= 1e-5, method
+    assert [f"model.{name}" for name in sorted(model.config.eas["skipped"])] == names
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(device).eval()
+    assert difference(logits(loaded, inputs), expected) <= 1e-5
 
 
 def test_a_skip_set_that_changed_while_a_cache_is_in_use(device):

@@ -102,6 +102,21 @@ def test_attentions_that_are_never_skipped(tmp_path):
         assert facts["Attentions never skipped"] == "4 more, with adapters"
 
 
+def test_how_to_load_an_adapter_comes_first(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    before, _, after = ModelCard.load(tmp_path / "README.md").text.partition("## Efficient Attention Skipping\n\n")
+    assert after.startswith("**Install peft_eas from its repository, and `import peft_eas` before you load")
+    assert "`KeyError: 'EAS'`" in after.splitlines()[0]
+    assert [line for line in before.splitlines() if line] == ["# EAS adapter for a llama model", BEGIN]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_card_sends_to_pypi(kind, saved):
+    text = saved.card(kind).text
+    assert "pip install" not in text
+    assert "Install peft_eas from its repository" in text
+
+
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 

@@ -362,7 +362,7 @@ def test_a_record_of_another_format(copied):
     config = json.loads((folder / "config.json").read_text())
     config["eas"]["format"] = FORMAT + 1
     (folder / "config.json").write_text(json.dumps(config))
-    message = rf"has format {FORMAT + 1}, but this code reads format {FORMAT}.*pip install --upgrade"
+    message = rf"has format {FORMAT + 1}, but this code reads format {FORMAT}.*Install peft_eas from its repository"
     with pytest.raises(ValueError, match=message):
         auto.from_pretrained(folder)
 

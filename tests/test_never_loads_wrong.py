@@ -20,7 +20,8 @@ from peft_eas import EASConfig
 from peft_eas.runtime.merged import checksum
 
 SAYS_WHAT_TO_DO = (
-    r"EAS checkpoint.*random weights.*pip install peft_eas.*import peft_eas.*Auto class.*trust_remote_code=True"
+    r"EAS checkpoint.*random weights.*Install peft_eas from its repository.*import peft_eas.*Auto class.*"
+    r"trust_remote_code=True"
 )
 # Per family: stock classes that could take the checkpoint, with a head, without, and with another head.
 STOCK = {
@@ -198,7 +199,11 @@ def test_without_the_package(checkpoints):
     for (family, name), message in zip(cases, json.loads(result.stdout.splitlines()[-1])):
         # An Auto class and a pipeline name the way without the package; a stock class meets the lock.
         is_stock = name[0].isupper() and not name.startswith("Auto")
-        assert ("pip install peft_eas" if is_stock else "trust_remote_code=True") in message, (family, name, message)
+        assert ("Install peft_eas from its repository" if is_stock else "trust_remote_code=True") in message, (
+            family,
+            name,
+            message,
+        )
 
 
 @pytest.mark.parametrize("family", ALL)

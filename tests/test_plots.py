@@ -180,5 +180,5 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install peft_eas\[plots\]"):
+    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install matplotlib"):
         plot_skip_map(make_record(FAMILIES["few"]), tmp_path / "map.png")

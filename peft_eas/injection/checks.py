@@ -1,18 +1,85 @@
 """What a config, a base model and an adapter's weights must fulfil together, checked before anything is changed."""
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..architectures import EXPORTABLE
 from ..config import EASConfig
 from ..folding.offloaded import execution_device
-from ..layers import AdaptedLayer
+from ..layers import AdaptedLayer, EASLayer
 from ..runtime.forward import ADAPTER_NAME
 from .targets import Targets, block_width, is_merged, matches, shorten, skippable_mhas
 
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+# What PEFT trains beside the adapters for a task; of some tasks it enters these only after the injection.
+_HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# Classes whose head is made anew for a task.
+_WITH_OWN_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Detection|Segmentation|CTC)$")
+
+
+def check_other_methods(model: nn.Module) -> None:
+    """Raises a ValueError if the model has another PEFT method's adapters, which EAS would freeze and cannot merge."""
+    own = (EASLayer, TrainableTokensLayer)  # the latter from an EAS adapter's trainable_token_indices, too
+    others = ((n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, own))
+    name, layer = next(others, (None, None))
+    if layer is None and not hasattr(model, "prompt_encoder"):  # of PEFT's prompt learning
+        return
+    found = f"{name} is a {type(layer).__module__}.{type(layer).__name__}" if layer else "its prompt_encoder"
+    raise ValueError(
+        f"{type(model).__name__} has adapters of another PEFT method already ({found}). EAS would freeze them, and "
+        "could not be merged into the weights behind them. Use one method after the other: train LoRA, merge it with "
+        "base = model.merge_and_unload(), and give that base to EAS; or train EAS, merge it, and train LoRA on the "
+        "merged model. To go without the other adapters, take them out with base = model.unload()."
+    )
+
+
+def warn_of_untrained_head(config: EASConfig, model: nn.Module) -> None:
+    """Warns if a head of the model looks new and the adapter would leave it frozen.
+
+    A head looks new if its last bias is zero throughout, as transformers draws it; or, where it has none, if the
+    checkpoint was of another class, as its config tells.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    is_asked_for = isinstance(model, PreTrainedModel) and _WITH_OWN_HEAD.search(type(model).__name__)
+    if config.inference_mode or not is_asked_for or base is None or base is model:
+        return
+    named = list(config.modules_to_save or ())
+    trained = (*named, *_HEADS_OF_TASKS.get(config.task_type, ()))
+    frozen = []
+    for head, child in model.named_children():
+        inside = [f"{head}.{name}".rstrip(".") for name, _ in child.named_modules()]
+        if child is not base and _looks_new(model, child) and not any(name.endswith(trained) for name in inside):
+            frozen.append(head)
+    if frozen:
+        warnings.warn(
+            f"{type(model).__name__} has a head that looks new ({', '.join(frozen)}), and this adapter leaves it "
+            f"frozen: task_type={config.task_type and str(config.task_type)} and "
+            f"modules_to_save={config.modules_to_save!r} do not name it. If it is to be trained, give "
+            f"EASConfig(modules_to_save={[*named, *frozen]!r}).",
+            stacklevel=2,
+        )
+
+
+def _looks_new(model: PreTrainedModel, head: nn.Module) -> bool:
+    last = next((module for module in reversed(list(head.modules())) if isinstance(module, nn.Linear)), None)
+    if last is None:
+        return False
+    if last.bias is not None:
+        return last.bias.numel() > 0 and not last.bias.is_meta and not bool(last.bias.any())
+    known = model.config.architectures
+    return bool(known) and type(model).__name__ not in known
 
 
 def check_skip_fields(config: EASConfig, targets: Iterable[str]) -> None:
@@ -178,3 +245,15 @@ def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
                 "would keep an adapter. Load the base with a device_map that offloads nothing, such as 'cpu', and the "
                 "adapter on it, and merge there; or merge with a frozen context, whose adapters are folded."
             )
+
+
+def first_layer_note(config: EASConfig, model: nn.Module | None, candidates: Iterable[str]) -> str | None:
+    """What to change for an export, where it takes the model but for a skip set that may hold the first attention."""
+    first = "model.layers.0.self_attn"
+    searched = candidates if config.num_skip else ()
+    if type(model).__name__ not in EXPORTABLE or first not in (config.skipped_modules or searched):
+        return None
+    return (
+        "vLLM and llama.cpp need the first layer's attention. To export the merged model to them, train with "
+        'exclude_modules=["layers.0.self_attn"].'
+    )

@@ -14,11 +14,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from yaml import YAMLError
 
-from ..runtime.checkpoint import CODE_FILE
+from ..architectures import find_mhas
+from ..runtime.checkpoint import CODE_FILE, INSTALL
 from .plots import draw_skip_map
 from .provenance import CARD, hub_id_of, is_same_mha, origin, record_speed, saved_numbers
 
@@ -83,14 +85,17 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
     share = 100 * facts["trainable_parameters"] / model.get_nb_trainable_parameters()[1]
     hub_id = facts["base_model"]
     sections = [
+        f"**{INSTALL}, and `import peft_eas` before you load this adapter.** Otherwise PEFT stops with "
+        "`KeyError: 'EAS'`.",
         f"This is an adapter by {PAPER} for {_base_link(facts)}, made with PEFT and peft_eas. It skips {count} "
-        "attentions (MHAs); small linear adapters stand in their place. `model.merge_and_unload()` folds these into "
-        "the weights and deletes the skipped attentions.",
+        "candidates among the attentions (MHAs); small linear adapters stand in their place. "
+        "`model.merge_and_unload()` folds these into the weights and deletes the skipped attentions.",
         _facts_table(
             facts,
             task,
             ("Attentions skipped", count),
             ("Attentions never skipped", _kept(facts)),
+            ("Attentions that were no candidates", _no_candidates(eas.model, facts)),
             ("Rank", _ranks(facts)),
             ("Up-projections", _paths(facts)),
             ("Context", CONTEXTS[facts["context"]]),
@@ -99,7 +104,6 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
         ),
         *_skip_map(facts, facts["candidates"], skipped, folder, is_over),
         "### Use",
-        "With `pip install peft_eas`:",
         _code(
             "import peft_eas",
             "from peft import PeftModel",
@@ -144,6 +148,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
             task,
             ("Attentions deleted", count),
             ("Attentions never skipped", _kept(facts)),
+            ("Attentions that were no candidates", _no_candidates(model, facts)),
             ("Rank of the adapters", _ranks(facts)),
             ("Up-projections", _paths(facts)),
             ("Context", CONTEXTS.get(context, "")),
@@ -153,7 +158,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
         *_speed(record.get("speed")),
         *_skip_map(facts, candidates, deleted, folder),
         "### Use",
-        "With `pip install peft_eas`:",
+        f"{INSTALL}, then:",
         _code("import peft_eas", *_own_import(model), f"from transformers import {auto_class}", "", call.format("")),
     ]
     if has_code:
@@ -205,6 +210,11 @@ def _ranks(facts: dict[str, Any]) -> str:
 
 def _kept(facts: dict[str, Any]) -> str:
     return f"{len(facts['kept'])} more, with adapters" if facts.get("kept") else ""
+
+
+def _no_candidates(model: nn.Module, facts: dict[str, Any]) -> str:
+    number = len(list(find_mhas(model))) - len(facts.get("candidates") or ()) - len(facts.get("kept") or ())
+    return f"{number} more, unchanged" if "candidates" in facts and number > 0 else ""
 
 
 def _paths(facts: dict[str, Any]) -> str:

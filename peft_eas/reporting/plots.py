@@ -1,4 +1,4 @@
-"""Pictures of a search, from what a run leaves behind. Needs matplotlib: `pip install peft_eas[plots]`.
+"""Pictures of a search, from what a run leaves behind. Needs matplotlib: `pip install matplotlib`.
 
 Both functions take the search as any of: the folder of a run or of a checkpoint, the path of its `eas_search.json` or
 `trainer_state.json`, or the record that is in these (`EASCallback.record`, `EASSearch.state_dict()`).
@@ -270,7 +270,7 @@ def _new_figure(width: float, height: float) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "peft_eas.plots needs matplotlib, which is not installed. Run `pip install peft_eas[plots]`."
+            "peft_eas.plots needs matplotlib, which is not installed. Run `pip install matplotlib`."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -13,12 +13,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Architecture, at_path, find_mhas, join
+from ..injection.checks import first_layer_note
 from ..injection.targets import block_width, matches
 from ..layers import AdaptedLayer, FFNLayer, MHALayer
 from ..runtime.merged import relative_name
 from ..runtime.skipped import SkippedMHA
 from ..values import is_int
 from .provenance import added_parameters, is_same_mha, size_of
+from .tokens import image_tokens
+
+_CONTEXT_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,26 @@ class Summary:
         rows: one per MHA, in the model's order.
         base_parameters, base_flops: of the whole base model; FLOPs per token.
         context_length: how many tokens a token attends to, as FLOPs are counted.
+        image_tokens: the same in a vision tower of which the number is fixed, unless a context_length was given.
+        export_note: what an export of the model will need, or None.
     """
 
     rows: list[SummaryRow]
     base_parameters: int
     base_flops: int
     context_length: int
+    image_tokens: int | None = None
+    export_note: str | None = None
 
     @property
     def skipped(self) -> list[SummaryRow]:
         """The MHAs that are not computed."""
         return [row for row in self.rows if row.is_skipped]
+
+    @property
+    def candidates(self) -> list[SummaryRow]:
+        """The MHAs that may be skipped, and those that are."""
+        return [row for row in self.rows if row.is_skipped or row.state == "kept"]
 
     @property
     def saved_parameters(self) -> int:
@@ -104,7 +117,7 @@ class Summary:
             self.saved_flops,
         )
         wholes = (*[self.base_parameters] * 3, self.base_flops)
-        count = f"{len(self.skipped)} of {len(self.rows)}"
+        count = f"{len(self.skipped)} of {len(self.candidates)}"
         lines = [
             head,
             *(row.cells() for row in self.rows),
@@ -117,19 +130,28 @@ class Summary:
             for line in lines
         ]
         ruler = "-" * len(table[0])
+        tokens = f"{self.context_length:,} tokens to attend to"
+        if self.image_tokens == self.context_length:
+            tokens += ", the model's own number for an image"
+        elif self.image_tokens is not None:
+            tokens += f", and {self.image_tokens:,} in an image"
+        others = [row.state for row in self.rows if row not in self.candidates]
+        states = ", ".join(f"{others.count(state)} {state}" for state in dict.fromkeys(others))
+        more = [f"The total counts candidates; the other MHAs: {states}."] if others else []
+        more += [self.export_note] if self.export_note else []
         return "\n".join(
             [
                 *(table[0], ruler, *table[1:-2], ruler, table[-2], table[-1].rstrip(), ""),
                 f"Base model: {self.base_parameters:,} parameters, {self.base_flops:,} FLOPs/token.",
                 f"Merged: {self.base_parameters - self.saved_parameters:,} parameters, "
                 f"{self.base_flops - self.saved_flops:,} FLOPs/token.",
-                f"FLOPs with {self.context_length:,} tokens to attend to. In parentheses: what skipping one more "
-                "saves.",
+                f"FLOPs with {tokens}. In parentheses: what skipping one more saves.",
+                *more,
             ]
         )
 
 
-def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
+def eas_summary(model: nn.Module, context_length: int | None = None) -> Summary:
     """What EAS does to each MHA of `model` and what that saves; `print(eas_summary(model))` shows a table.
 
     FLOPs are those of a forward pass, per token, where a multiplication and an addition count as two. After Chowdhery
@@ -145,14 +167,16 @@ def eas_summary(model: nn.Module, context_length: int = 1024) -> Summary:
     Args:
         model: a model with EAS adapters, of which the active one counts, or a merged one.
         context_length: how many tokens a token attends to: those before it in a decoder, all in an encoder, patches
-            in a vision model. An MHA with a sliding window attends to no more than that.
+            in a vision model. An MHA with a sliding window attends to no more than that. Default: in a vision tower
+            whose config names image_size and patch_size the tokens of such an image, else 1,024.
 
     Raises:
         TypeError: for a model without EAS. ValueError: for a context_length below 1.
     """
-    if not is_int(context_length, 1):
+    if context_length is not None and not is_int(context_length, 1):
         raise ValueError(
-            f"eas_summary(context_length={context_length!r}): context_length must be an integer of at least 1."
+            f"eas_summary(context_length={context_length!r}): context_length must be an integer of at least 1, or "
+            "None for the model's own."
         )
     inner = model.base_model if isinstance(model, PeftModel) else model
     inner = inner.model if isinstance(inner, BaseTuner) else inner
@@ -174,9 +198,18 @@ class _MHA:
     """
 
     def __init__(
-        self, model: nn.Module, name: str, block_name: str, row: Architecture, context_length: int, added: set[int]
+        self,
+        model: nn.Module,
+        name: str,
+        block_name: str,
+        row: Architecture,
+        context_length: int | None,
+        added: set[int],
     ) -> None:
         block = model.get_submodule(block_name)
+        own = image_tokens(model, block_name) if row.kind == "vision" else None
+        self.image_tokens = own if context_length is None else None
+        self.context_length = context_length or own or _CONTEXT_LENGTH
         self.name, self.block_name, self.kind = name, block_name, row.kind
         self.ffn_name = join(block_name, row.ffn)
         # A wrapper lets the attributes of what it wraps shine through.
@@ -194,15 +227,15 @@ class _MHA:
         self.parameters = size_of(self.mha, added) - kept
         norms = (at_path(block, path) for path in row.deleted_norms)
         self.deleted_parameters = self.parameters + sum(size_of(norm, added) for norm in norms)
-        self.product_flops = self._product_flops(inputs, context_length)
+        self.product_flops = self._product_flops(inputs)
         self.flops = 2 * _linear_weights(self.mha) + self.product_flops
 
-    def _product_flops(self, inputs: list[nn.Module], context_length: int) -> int:
+    def _product_flops(self, inputs: list[nn.Module]) -> int:
         # The output projection reads all heads; the queries' may be one with keys and values.
         others = [m for m in self.mha.modules() if _is_linear(m) and all(m is not one for one in inputs)]
         width = _features(others[-1])[0] if others else _features(inputs[0])[1]
         window = getattr(self.mha, "sliding_window", at_path(self.mha, "config.sliding_window"))
-        return 4 * width * min(context_length, window or context_length)
+        return 4 * width * min(self.context_length, window or self.context_length)
 
     def summarized(
         self, state: str, score: float | None, adapter_parameters: int = 0, added: int = 0, added_flops: int = 0
@@ -214,7 +247,7 @@ class _MHA:
         return SummaryRow(*common, self.deleted_parameters - self.ffn_biases, self.flops, added, added_flops)
 
 
-def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
+def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
     layers = {
         (type(layer), layer.candidate.name): layer for layer in model.modules() if isinstance(layer, AdaptedLayer)
     }
@@ -243,10 +276,11 @@ def _of_unmerged(model: nn.Module, context_length: int) -> Summary:
                 biases = part.biases
             left = (0, 0) if adapter is None else (size_of(adapter), biases)
             rows.append(part.summarized(state, score, *left))
-    return Summary(rows, size_of(model, added), _flops(model, parts, rows), context_length)
+    note = first_layer_note(config, model, [row.name for row in rows if row.state in ("skipped", "kept")])
+    return _summary(model, rows, parts, size_of(model, added), note)
 
 
-def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
+def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
     record = model.config.eas
     facts, base = record.get("origin") or {}, _before_merge(model)
     scores = facts.get("scores") or {}
@@ -276,7 +310,17 @@ def _of_merged(model: PreTrainedModel, context_length: int) -> Summary:
             left = (0, size_of(model.get_submodule(path)) - size_of(before), 0)
             compared.add(path)
         rows.append(part.summarized(state, scores.get(candidate), *left))
-    return Summary(rows, size_of(base), _flops(base, parts, rows), context_length)
+    return _summary(base, rows, parts, size_of(base))
+
+
+def _summary(
+    model: nn.Module, rows: list[SummaryRow], parts: list[_MHA], size: int, note: str | None = None
+) -> Summary:
+    # A vision tower's tokens count for the whole only where nothing else has MHAs.
+    length = max((part.context_length for part in parts if part.image_tokens is None), default=None)
+    images = [part.image_tokens for part in parts if part.image_tokens is not None]
+    in_image = images[0] if images else None
+    return Summary(rows, size, _flops(model, parts, rows), length or in_image or _CONTEXT_LENGTH, in_image, note)
 
 
 def _before_merge(model: PreTrainedModel) -> PreTrainedModel:

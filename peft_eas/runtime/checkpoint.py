@@ -23,6 +23,8 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .forward import ADAPTER_NAME
 
+# The package is not on PyPI.
+INSTALL = "Install peft_eas from its repository"
 CODE_FILE = "modeling_eas.py"
 # The modules of which that file is made, in the order in which they need each other.
 CODE_PARTS = ("adapter", "prompt", "prompt_hook", "context_cache", "skipped", "forward", "checkpoint", "merged")

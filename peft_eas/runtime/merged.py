@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .adapter import InputAdapter, PropagationAdapter, RoutedAdapter
-from .checkpoint import CODE_FILE, CheckpointMixin
+from .checkpoint import CODE_FILE, INSTALL, CheckpointMixin
 from .forward import (
     SHIFT_NAME,
     AdaptedForward,
@@ -43,10 +43,10 @@ FORMAT = 3
 # In the config of a model that was merged and yet stays a stock one, as nothing was skipped and no bias is new.
 FOLDED_MARK = "eas_merged"
 # Python shows the first 200 characters of what is not a number.
+LOCK_START = "EAS checkpoint: "
 LOCK = (
-    "EAS checkpoint: this class would fill its deleted attentions with random weights. "
-    "Run `pip install peft_eas`, `import peft_eas`, and use an Auto class; "
-    "or an Auto class with trust_remote_code=True."
+    f"{LOCK_START}this class would fill its deleted attentions with random weights. "
+    f"{INSTALL}, `import peft_eas`, and use an Auto class; or one with trust_remote_code=True."
 )
 
 
@@ -207,7 +207,7 @@ def _check_record(record: dict[str, Any], model_type: str) -> None:
     if record.get("format") != FORMAT:
         raise ValueError(
             f"The record `eas` in the checkpoint's config has format {record.get('format')!r}, but this code reads "
-            f"format {FORMAT}. Run `pip install --upgrade peft_eas`, `import peft_eas`, and load it in a new process."
+            f"format {FORMAT}. {INSTALL} as it is now, `import peft_eas`, and load it in a new process."
         )
     if record.get("checksum") != checksum(record) or record["family"] != model_type:
         raise ValueError(
@@ -231,8 +231,11 @@ def _lock(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _unlock(config_dict: dict[str, Any]) -> dict[str, Any]:
     unlocked = {key: _unlock(v) if isinstance(v, dict) else v for key, v in config_dict.items()}
-    if isinstance(unlocked.get("id2label"), dict) and LOCK in unlocked["id2label"]:
-        unlocked["id2label"] = unlocked["id2label"][LOCK]
+    labels = unlocked.get("id2label")
+    # By its start, for an older version's goes on in other words.
+    lock = next((key for key in labels if str(key).startswith(LOCK_START)), None) if isinstance(labels, dict) else None
+    if lock is not None:
+        unlocked["id2label"] = labels[lock]
     return {key: v for key, v in unlocked.items() if (key, v) != ("id2label", None)}
 
 
