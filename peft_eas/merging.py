@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .architectures import join
 from .folding.fold import shift_before
 from .injection.checks import check_not_offloaded, check_whole
-from .injection.tokens import check_tokens, merge_tokens, unload_tokens
+from .injection.trained_tokens import check_tokens, merge_tokens, unload_tokens
 from .layers import AdaptedLayer, EASLayer, MHALayer
 from .reporting.provenance import origin
 from .runtime.adapter import RoutedAdapter

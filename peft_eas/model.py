@@ -20,7 +20,7 @@ from .injection.checks import (
     warn_of_untrained_head,
 )
 from .injection.targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
-from .injection.tokens import check_trained_tokens, complete_wrappers, copy_tokens
+from .injection.trained_tokens import check_trained_tokens, complete_wrappers, copy_tokens
 from .layers import AdaptedLayer, EASLayer, FFNLayer, MHALayer, NormLayer
 from .layers.candidate import Candidate
 from .merging import MergingTuner

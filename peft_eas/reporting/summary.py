@@ -19,8 +19,8 @@ from ..layers import AdaptedLayer, FFNLayer, MHALayer
 from ..runtime.merged import relative_name
 from ..runtime.skipped import SkippedMHA
 from ..values import is_int
+from .image_tokens import image_tokens
 from .provenance import added_parameters, is_same_mha, size_of
-from .tokens import image_tokens
 
 _CONTEXT_LENGTH = 1024
 
