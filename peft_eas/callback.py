@@ -284,6 +284,6 @@ def _check_learning_rate(trainer: Trainer) -> None:
     if highest < LEAST_LEARNING_RATE:
         logger.warning(
             "EAS: the learning rate is %g, with which adapters that are trained from scratch hardly learn. Set "
-            "learning_rate to 1e-3 to 3e-3.",
+            "learning_rate to between 1e-3 and 3e-3.",
             highest,
         )

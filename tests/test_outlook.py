@@ -234,7 +234,7 @@ def test_a_learning_rate_for_whole_models_is_warned_of_once(options, warned, tmp
     assert len(texts) == (warned is not None)
     if warned:
         assert f"learning rate is {warned}, " in texts[0]
-        assert texts[0].endswith("Set learning_rate to 1e-3 to 3e-3.")
+        assert texts[0].endswith("Set learning_rate to between 1e-3 and 3e-3.")
 
 
 def test_the_learning_rate_is_the_optimizers_own(tmp_path, caplog) -> None:
