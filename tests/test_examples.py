@@ -188,6 +188,6 @@ def test_short_encoder(tmp_path: Path) -> None:
 @needs_easy_vqa
 def test_short_vision_language_model(tmp_path: Path) -> None:
     printed = run_short("vlm", tmp_path)
-    assert "4 of 12" in printed
+    assert "4 of 8" in printed
     share = float(re.search(r"The merged model, reloaded, answers ([\d.]+)% of the questions right\.", printed)[1])
     assert share > 25  # always the most frequent answer: 18 %

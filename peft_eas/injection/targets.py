@@ -141,6 +141,9 @@ def _check_modules_to_save(config: EASConfig, model: nn.Module, targets: Targets
     }
     names = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
     added = _ADDED_HEADS.get(config.task_type, ())
+    if config.task_type is None:  # beside an adapter with a task, PEFT adds that task's heads
+        there = {name for name in config.modules_to_save or () if any(n.endswith(name) for n in names)}
+        added = {head for heads in _ADDED_HEADS.values() if there & set(heads) for head in heads}
     if config.inference_mode:  # trained already, maybe by an earlier version, which let all of these pass
         added = {head for heads in _ADDED_HEADS.values() for head in heads}
     for given in config.modules_to_save or ():
