@@ -5,7 +5,17 @@ import pickle
 
 import pytest
 import torch
-from conftest import SKIPS, add_eas, build_model, difference, logits, make_eas, make_inputs, needs_sound_caches
+from conftest import (
+    SKIPS,
+    add_eas,
+    build_model,
+    difference,
+    logits,
+    make_eas,
+    make_inputs,
+    needs_sound_caches,
+    skip_unless_stock_can,
+)
 from families import ARCHITECTURES
 from peft import get_peft_model
 from test_generation import LENGTH, NEW, TOLERANCE, generate
@@ -78,9 +88,16 @@ class ExactLayer(QuantizedLayer):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_a_quantised_cache_without_loss(family, mode, skip):
     model, inputs = make(family, mode, skip), make_inputs(family, "cpu", length=LENGTH)
+
+    def new_cache():
+        return cache_utils.Cache([ExactLayer(residual_length=3) for _ in range(4)])
+
     for options in ({}, {"num_beams": 3}):
+        skip_unless_stock_can(
+            lambda options=options: generate(build_model(family), inputs, past_key_values=new_cache(), **options)
+        )
         expected = generate(model, inputs, **options)
-        cache = cache_utils.Cache([ExactLayer(residual_length=3) for _ in range(4)])
+        cache = new_cache()
         actual = generate(model, inputs, past_key_values=cache, **options)
         assert torch.equal(actual.sequences, expected.sequences)
         assert difference(torch.stack(actual.logits), torch.stack(expected.logits)) <= TOLERANCE
@@ -144,6 +161,7 @@ def test_static_caches_of_other_families(name, context):
     model, inputs = get_peft_model(family.build(), config).eval(), family.make_inputs(length=LENGTH)
     inputs.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    skip_unless_stock_can(lambda: family.build().generate(**inputs, **settings, cache_implementation="static"))
     expected = model.generate(**inputs, **settings)
     assert torch.equal(model.generate(**inputs, **settings, cache_implementation="static"), expected)
     merged = model.merge_and_unload(context=context)
