@@ -62,7 +62,7 @@ def layer_fold_cost(
     for number in range(rounds + 1):
         for way, run in ways.items():
             targets = projections()
-            elapsed = _seconds(lambda run=run, targets=targets: run(adapter, context, targets), device)
+            elapsed = seconds_of(lambda run=run, targets=targets: run(adapter, context, targets), device)
             if number > 0:  # the first warms up
                 seconds[way].append(elapsed)
             results[way] = targets[0].weight.float()
@@ -86,7 +86,7 @@ def model_merge_cost(recipe: Recipe, device: str) -> dict[str, Any]:
     """Seconds and extra bytes of `merge_and_unload()` on the whole model."""
     weights = sum(p.numel() * p.element_size() for p in recipe.base.parameters())
     model = adapted(recipe, recipe.skipped, own_targets=True)
-    seconds = _seconds(model.merge_and_unload, device)
+    seconds = seconds_of(model.merge_and_unload, device)
     model = adapted(recipe, recipe.skipped, own_targets=True)
     with peak_memory(device) as peak:
         model.merge_and_unload()
@@ -99,7 +99,8 @@ def model_merge_cost(recipe: Recipe, device: str) -> dict[str, Any]:
     }
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Seconds until the device has done what `run` asks of it."""
     synchronize(device)
     start = time.perf_counter()
     run()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from examples.benchmark.fold_cost import synchronize
+from examples.benchmark.fold_cost import seconds_of, synchronize
 from examples.benchmark.runners import GraphRunner, Runner
 from examples.benchmark.variants import (
     LABELS,
@@ -89,15 +89,6 @@ def fill(model: nn.Module, cache: Any, batch: int, depth: int, device: str) -> N
     ids = torch.randint(3, 1000, (batch, depth), generator=torch.Generator().manual_seed(0)).to(device)
     for chunk in ids.split(max(1, CHUNK_TOKENS // batch), dim=1):
         model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-
-def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """Seconds until the device has done what `run` asks of it."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 # --- the merge, and the largest batch --------------------------------------------------------------------------------

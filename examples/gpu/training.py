@@ -13,9 +13,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from examples.benchmark.fold_cost import seconds_of
 from examples.benchmark.variants import load_base
 from examples.gpu.parts import Case, Clock
-from examples.gpu.speed import free_memory, seconds_of, weights_bytes
+from examples.gpu.speed import free_memory, weights_bytes
 from examples.shared.measure import num_parameters
 from examples.shared.peak_memory import peak_memory
 from peft_eas import EASConfig, EASSearch
