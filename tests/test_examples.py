@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[1]
 ANSWERS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow", "circle", "rectangle", "triangle"}
 
 
-def run(program: str, *options: str) -> str:
-    """What the example prints; fails with its error output if it fails."""
+def run(program: str, *options: str, folder: Path = ROOT, **environment: str) -> str:
+    """What the example prints, run in `folder`; fails with its error output if it fails."""
     process = subprocess.run(
         [sys.executable, "-m", f"examples.{program}", *options],
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=570,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment},
         check=False,
     )
     assert process.returncode == 0, process.stderr[-3000:]
@@ -149,20 +149,11 @@ def test_peak_memory() -> None:
 
 def run_short(name: str, folder: Path, *options: str) -> str:
     """What a short example prints; it writes to the working directory."""
-    process = subprocess.run(
-        [sys.executable, "-m", f"examples.short.{name}", *options],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=570,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    printed = run(f"short.{name}", *options, folder=folder, OMP_NUM_THREADS="1")
     record = json.loads((folder / "outputs" / "short" / name / "eas_search.json").read_text())
     assert len(record["bandit"]["rounds"]) == 12  # enough to choose by
     assert (folder / "outputs" / "short" / name / "merged" / "model.safetensors").is_file()
-    return process.stdout
+    return printed
 
 
 def test_short_language_model(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_mod
 
 from peft_eas import EASCallback, EASSearch, Skippable
 from peft_eas.runtime.adapter import RoutedAdapter
-from peft_eas.search.loop import SETTINGS
+from peft_eas.search.schedule import SETTINGS
 from peft_eas.search.skippable import eas_of
 
 STEPS = 20

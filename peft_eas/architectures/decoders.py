@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .row import Architecture, named
 
-_LLAMA = Architecture(
+LLAMA = Architecture(
     mha="self_attn",
     mha_projections=named("self_attn", "q_proj k_proj v_proj"),
     ffn="mlp",
@@ -13,13 +13,13 @@ _LLAMA = Architecture(
     branch=("post_attention_layernorm", "mlp"),
 )
 _GEMMA2 = replace(
-    _LLAMA,
+    LLAMA,
     output_norm="post_attention_layernorm",
     branch=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
 )
-_MIXTURE = replace(_LLAMA, ffn_projections=named("mlp", "gate experts.gate_up_proj"), experts=True)
+_MIXTURE = replace(LLAMA, ffn_projections=named("mlp", "gate experts.gate_up_proj"), experts=True)
 _LLAMA4 = replace(
-    _LLAMA,
+    LLAMA,
     ffn="feed_forward",
     ffn_projections=named("feed_forward", "gate_proj up_proj"),
     branch=("post_attention_layernorm", "feed_forward"),
@@ -28,7 +28,7 @@ _DEEPSEEK_MIXTURE = named("mlp", "gate experts.gate_up_proj shared_experts.gate_
 # Queries from a latent of their own or from the width, and an FFN of one expert or of several.
 _DEEPSEEK = tuple(
     replace(row, mha_projections=named("self_attn", f"{query} kv_a_proj_with_mqa"))
-    for row in (_LLAMA, replace(_MIXTURE, ffn_projections=_DEEPSEEK_MIXTURE))
+    for row in (LLAMA, replace(_MIXTURE, ffn_projections=_DEEPSEEK_MIXTURE))
     for query in ("q_a_proj", "q_proj")
 )
 _GPT_NEOX = Architecture(
@@ -43,9 +43,9 @@ _FALCON = replace(
     mha="self_attention",
     mha_projections=("self_attention.query_key_value",),
 )
-_OPT = Architecture(
+OPT = Architecture(
     mha="self_attn",
-    mha_projections=_LLAMA.mha_projections,
+    mha_projections=LLAMA.mha_projections,
     ffn="fc1",
     ffn_projections=("fc1",),
     input_norm="self_attn_layer_norm",
@@ -54,21 +54,21 @@ _OPT = Architecture(
 
 # By class name of the block.
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
-    "LlamaDecoderLayer": _LLAMA,
-    "MistralDecoderLayer": _LLAMA,
-    "Qwen2DecoderLayer": _LLAMA,
-    "Qwen3DecoderLayer": _LLAMA,
-    "SmolLM3DecoderLayer": _LLAMA,
-    "GemmaDecoderLayer": _LLAMA,
+    "LlamaDecoderLayer": LLAMA,
+    "MistralDecoderLayer": LLAMA,
+    "Qwen2DecoderLayer": LLAMA,
+    "Qwen3DecoderLayer": LLAMA,
+    "SmolLM3DecoderLayer": LLAMA,
+    "GemmaDecoderLayer": LLAMA,
     "Gemma2DecoderLayer": _GEMMA2,
     "Gemma3DecoderLayer": _GEMMA2,
     "Olmo2DecoderLayer": replace(_GEMMA2, input_norm=None, branch=("mlp", "post_feedforward_layernorm")),
     "Phi3DecoderLayer": replace(
-        _LLAMA, mha_projections=("self_attn.qkv_proj",), ffn_projections=("mlp.gate_up_proj",), branch=None
+        LLAMA, mha_projections=("self_attn.qkv_proj",), ffn_projections=("mlp.gate_up_proj",), branch=None
     ),
-    "Starcoder2DecoderLayer": replace(_LLAMA, ffn_projections=("mlp.c_fc",)),
+    "Starcoder2DecoderLayer": replace(LLAMA, ffn_projections=("mlp.c_fc",)),
     "MixtralDecoderLayer": _MIXTURE,
-    "Qwen3MoeDecoderLayer": (_LLAMA, _MIXTURE),
+    "Qwen3MoeDecoderLayer": (LLAMA, _MIXTURE),
     "Llama4TextDecoderLayer": (
         _LLAMA4,
         replace(
@@ -103,7 +103,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
         replace(_FALCON, where={"config.parallel_attn": False}),
     ),
     # Norms in front, or (350m) behind.
-    "OPTDecoderLayer": (_OPT, replace(_OPT, input_norm=None, where={"do_layer_norm_before": False})),
-    "Qwen2VLDecoderLayer": _LLAMA,
-    "Qwen2_5_VLDecoderLayer": _LLAMA,
+    "OPTDecoderLayer": (OPT, replace(OPT, input_norm=None, where={"do_layer_norm_before": False})),
+    "Qwen2VLDecoderLayer": LLAMA,
+    "Qwen2_5_VLDecoderLayer": LLAMA,
 }

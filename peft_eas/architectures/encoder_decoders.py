@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .decoders import _OPT
+from .decoders import OPT
 from .row import OWN_TOKENS, Architecture, named
 
 _BART_CROSS = Architecture(
@@ -13,7 +13,7 @@ _BART_CROSS = Architecture(
     ffn_projections=("fc1",),
     attends=("key_value_states", "attention_mask"),
 )
-_BART_DECODER = replace(_OPT, input_norm=None, where={})
+_BART_DECODER = replace(OPT, input_norm=None, where={})
 _BART_ENCODER = replace(_BART_DECODER, kind="encoder", attends=OWN_TOKENS)
 _WHISPER_DECODER = replace(_BART_DECODER, input_norm="self_attn_layer_norm")
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .row import OWN_TOKENS, Architecture, named
 
-_BERT = Architecture(
+BERT = Architecture(
     mha="attention",
     mha_projections=named("attention.self", "query key value"),
     ffn="intermediate",
@@ -14,8 +14,8 @@ _BERT = Architecture(
     kind="encoder",
     attends=OWN_TOKENS,
 )
-_BERT_CROSS = replace(
-    _BERT,
+BERT_CROSS = replace(
+    BERT,
     mha="crossattention",
     mha_projections=("crossattention.self.query",),
     kept_norm="crossattention.output.LayerNorm",
@@ -23,9 +23,9 @@ _BERT_CROSS = replace(
     attends=("encoder_hidden_states", "encoder_attention_mask"),
 )
 _BERTS = (  # as an encoder, as a decoder, and behind an encoder
-    replace(_BERT, where={"is_decoder": False}),
-    replace(_BERT, kind="decoder", attends=None, where={"is_decoder": True}),
-    replace(_BERT_CROSS, kind="decoder"),
+    replace(BERT, where={"is_decoder": False}),
+    replace(BERT, kind="decoder", attends=None, where={"is_decoder": True}),
+    replace(BERT_CROSS, kind="decoder"),
 )
 
 # By class name of the block.

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from .decoders import _LLAMA
-from .encoders import _BERT, _BERT_CROSS
+from .decoders import LLAMA
+from .encoders import BERT, BERT_CROSS
 from .row import OWN_TOKENS, Architecture, named
 
 _VIT = Architecture(
@@ -18,7 +18,7 @@ _VIT = Architecture(
 _DINOV2 = replace(_VIT, input_norm="norm1", output_norm="layer_scale1", branch=None)
 _SIGLIP = Architecture(
     mha="self_attn",
-    mha_projections=_LLAMA.mha_projections,
+    mha_projections=LLAMA.mha_projections,
     ffn="mlp",
     ffn_projections=("mlp.fc1",),
     input_norm="layer_norm1",
@@ -74,6 +74,6 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
         kind="encoder",
         attends=OWN_TOKENS,
     ),
-    "BridgeTowerTextLayer": _BERT,
-    "BridgeTowerBertCrossLayer": (_BERT, _BERT_CROSS),
+    "BridgeTowerTextLayer": BERT,
+    "BridgeTowerBertCrossLayer": (BERT, BERT_CROSS),
 }

@@ -16,15 +16,9 @@ from ..config import EASConfig
 from ..folding.offloaded import execution_device
 from ..layers import AdaptedLayer, EASLayer
 from ..runtime.forward import ADAPTER_NAME
-from .targets import Targets, block_width, is_merged, matches, shorten, skippable_mhas
+from .targets import HEADS_OF_TASKS, Targets, block_width, is_merged, matches, shorten, skippable_mhas
 
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-# What PEFT trains beside the adapters for a task; of some tasks it enters these only after the injection.
-_HEADS_OF_TASKS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 # Classes whose head is made anew for a task.
 _WITH_OWN_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Detection|Segmentation|CTC)$")
 
@@ -56,7 +50,7 @@ def warn_of_untrained_head(config: EASConfig, model: nn.Module) -> None:
     if config.inference_mode or not is_asked_for or base is None or base is model:
         return
     named = list(config.modules_to_save or ())
-    trained = (*named, *_HEADS_OF_TASKS.get(config.task_type, ()))
+    trained = (*named, *HEADS_OF_TASKS.get(config.task_type, ()))
     frozen = []
     for head, child in model.named_children():
         inside = [f"{head}.{name}".rstrip(".") for name, _ in child.named_modules()]

@@ -15,13 +15,14 @@ from ..layers import EASLayer
 from ..runtime.merged import FOLDED_MARK
 from ..runtime.skipped import SkippedMHA
 
-# What PEFT adds to modules_to_save for a task, whether the model has it or not. TRL's RewardTrainer adds lm_head, for
-# tokens of a chat template.
-_ADDED_HEADS = {
-    "SEQ_CLS": ("classifier", "score", "lm_head"),
+# What PEFT trains beside the adapters for a task, and names in modules_to_save, whether the model has it or not.
+HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# TRL's RewardTrainer names lm_head besides, for tokens of a chat template.
+_ADDED_HEADS = {**HEADS_OF_TASKS, "SEQ_CLS": (*HEADS_OF_TASKS["SEQ_CLS"], "lm_head")}
 
 # By one of which a projection tells its width.
 _OF_PROJECTIONS = ("weight", "in_features")

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..config import EASConfig
 
+_WITH_ROWS = (nn.Embedding, nn.Linear)  # what PEFT's wrapper computes
+
 
 def check_trained_tokens(config: EASConfig, model: nn.Module) -> None:
     """Checks `trainable_token_indices` against the model, which PEFT does when it has changed it already.
@@ -69,9 +71,6 @@ def check_trained_tokens(config: EASConfig, model: nn.Module) -> None:
             stacklevel=2,
         )
         config.modules_to_save = [given for given in config.modules_to_save if given not in tied] or None
-
-
-_WITH_ROWS = (nn.Embedding, nn.Linear)  # what PEFT's wrapper computes
 
 
 def _by_layer(config: EASConfig, model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[int]]:

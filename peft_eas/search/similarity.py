@@ -14,7 +14,7 @@ from ..layers.candidate import Candidate
 from ..model import EASModel
 from ..runtime.forward import Argument
 from ..runtime.prompt import attended_tokens
-from .loop import evaluation_mode
+from .evaluation import evaluation_mode
 from .skippable import eas_of
 
 
