@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import textwrap
@@ -19,6 +20,8 @@ from .peft_type import add_peft_type
 from .values import is_finite, is_int, python_number
 
 PEFT_TYPE = add_peft_type()
+# What may take the place of `num_skip`, and between which values it lies.
+BUDGETS = {"max_loss_increase": (0.0, math.inf), "target_speedup": (1.0, math.inf), "target_kv_cache": (0.0, 1.0)}
 # With which PEFT starts the name of each weight of an adapter's file.
 KEY_PREFIX = "base_model.model."
 
@@ -91,6 +94,27 @@ class EASConfig(PeftConfig):
             "help": "How many MHAs the search (EASCallback) skips: from 0 to the number of targets, without those "
             "that `kept_modules` names. Default: as many as `skipped_modules` names; without that, none, and nothing "
             "is searched."
+        },
+    )
+    max_loss_increase: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `num_skip`: the search (EASCallback) skips as many MHAs as raise the loss on the "
+            "reward set by at most this share of it, such as 0.02, against nothing skipped."
+        },
+    )
+    target_speedup: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `num_skip`: the search skips the MHAs that cost the least loss and make the merged "
+            "model this many times as fast as the base, such as 1.15, by times measured on this machine."
+        },
+    )
+    target_kv_cache: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `num_skip`: the search skips the MHAs that cost the least loss and leave this share "
+            "of the base's KV cache, or less, such as 0.5."
         },
     )
     skipped_modules: list[str] | None = field(
@@ -217,7 +241,10 @@ class EASConfig(PeftConfig):
             if not allowed:
                 raise ValueError(f"EASConfig({name}={getattr(self, name)!r}): {name} must be {what}.")
 
-        for name in ("r", "attention_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"):
+        for name in (
+            *("r", "attention_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"),
+            *BUDGETS,
+        ):
             setattr(self, name, python_number(getattr(self, name)))
         require("r", is_int(self.r, 1), "an integer of at least 1")
         require("attention_r", is_int(self.attention_r, 0), "an integer of at least 0")
@@ -245,6 +272,14 @@ class EASConfig(PeftConfig):
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
+        for name, (low, high) in BUDGETS.items():
+            value = getattr(self, name)
+            what = f"a number above {low:g}{'' if high == math.inf else f' and below {high:g}'}, or None"
+            require(name, value is None or (is_finite(value) and low < value < high), what)
+        given = [name for name in ("num_skip", *BUDGETS) if getattr(self, name) is not None]
+        if len(given) > 1 and self.skipped_modules is None:
+            texts = (f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(f"EASConfig({', '.join(texts)}): how many MHAs are to be skipped takes one of these.")
         if self.scores is not None:
             is_right = isinstance(self.scores, dict) and all(
                 isinstance(name, str) and is_finite(python_number(score)) for name, score in self.scores.items()
@@ -267,6 +302,16 @@ class EASConfig(PeftConfig):
                 f"EASConfig: num_skip={self.num_skip} contradicts skipped_modules, which names {len(names)}. Give "
                 "num_skip for a search, or skipped_modules to go without one."
             )
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """Name and value of what takes the place of `num_skip`, if anything."""
+        return next(((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None), None)
+
+    @property
+    def is_to_skip(self) -> bool:
+        """Whether a search is to skip anything: there is a budget, or `num_skip` is above 0."""
+        return self.budget is not None or bool(self.num_skip)
 
     def note_skipped_modules(self, names: list[str]) -> None:
         """Takes note of the skip set in force, which a checkpoint that is saved during the search shall name."""

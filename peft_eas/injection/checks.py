@@ -244,7 +244,7 @@ def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
 def first_layer_note(config: EASConfig, model: nn.Module | None, candidates: Iterable[str]) -> str | None:
     """What to change for an export, where it takes the model but for a skip set that may hold the first attention."""
     first = "model.layers.0.self_attn"
-    searched = candidates if config.num_skip else ()
+    searched = candidates if config.is_to_skip else ()
     if type(model).__name__ not in EXPORTABLE or first not in (config.skipped_modules or searched):
         return None
     return (
