@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,9 +104,9 @@ def test_what_has_no_cache_says_so() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bert", "t5", "bart", "llava", "qwen2_5_vl", "clip"])
-def test_times_are_parts_of_the_base(family: str) -> None:
+def test_times_are_parts_of_the_base(family: str, device: str) -> None:
     spec = ARCHITECTURES[family]
-    model, inputs = make(family), spec.make_inputs()
+    model, inputs = make(family).to(device), spec.make_inputs()  # which it moves to where the model is
     for new_tokens in (0, 3) if spec.kind != "encoder" else (0,):
         savings = measure_time(model, inputs, new_tokens=new_tokens)
         assert list(savings.saved) == model.base_model.candidates
@@ -271,6 +272,24 @@ def test_skips_as_a_merge_does(family: str) -> None:
     with torch.no_grad():
         expected = model.merge_and_unload()(**inputs)["logits"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def measure_on(rank: int, folder: str) -> None:
+    """One of two ranks, which look at batches of different lengths."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, inputs = make("llama"), ARCHITECTURES["llama"].make_inputs(length=8 * (rank + 1))
+    found = [measure_time(model, inputs, new_tokens=2), count_kv_bytes(model, inputs)]
+    found.append(measured_speedup(model, model.base_model.candidates[:1], inputs))
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_are_told_what_the_first_has_measured(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(measure_on, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first[1][1] == 4 * KV * ROWS * 8
 
 
 # --- targets, and bad input ------------------------------------------------------------------------------------------
