@@ -324,6 +324,8 @@ def test_bad_input() -> None:
     for name, value in (("batch_size", 0), ("prompt_tokens", 1.5), ("new_tokens", -1)):
         with pytest.raises(ValueError, match=f"{name}={value!r} was received. Give an integer of at least"):
             measure_time(model, inputs, **{name: value})
+        with pytest.raises(ValueError, match=f"{name}={value!r} was received"):
+            count_kv_bytes(model, inputs, **{name: value})
     with pytest.raises(ValueError, match=r"'model\.layers\.9\.self_attn' is no candidate"):
         measured_speedup(model, ["model.layers.9.self_attn"], inputs)
     with pytest.raises(ValueError, match=r"new_tokens=3 was received, but BertFor.* generates none"):

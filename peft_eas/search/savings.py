@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..injection.checks import sharded_parameter
 from ..layers import MHALayer
 from ..model import EASModel
 from .skippable import eas_of
 from .timing import bare, layers_of, num_rounds, of_first_rank, skipped, time_attentions, time_pairs
-from .workload import Workload
+from .workload import Workload, check_shapes
 
 
 class Savings(NamedTuple):
@@ -111,7 +112,7 @@ def measure_time(
             reaches no candidate.
     """
     eas = _eas_model(model, "measure_time")
-    work = Workload(eas.model, batch, batch_size, prompt_tokens, new_tokens)
+    work = Workload(eas.model, batch, batch_size, prompt_tokens, new_tokens, _entry(model, eas))
     with bare(model, eas):
         phases = [(1, time_attentions(eas, work.prefill))]
         if new_tokens:
@@ -137,8 +138,8 @@ def count_kv_bytes(
 ) -> Savings:
     """Bytes of the base model's KV cache at the given shapes, and how many of them each candidate's entry takes.
 
-    Found by one forward pass, whose cache then counts the tokens that it would hold when the last one is generated: a
-    sliding window no more than it keeps, a cross-attention the encoder's. An encoder's attention has none.
+    Found by one forward pass over the batch, whose cache tells what it would hold behind all tokens: of a sliding
+    window no more than is kept, of a cross-attention the encoder's. An encoder's attention has no entry.
 
     Args:
         model, batch, batch_size, prompt_tokens, new_tokens: as of `measure_time`.
@@ -147,12 +148,13 @@ def count_kv_bytes(
         TypeError, ValueError: as `Workload`; for a model without EAS adapters, with merged ones, or without a cache.
     """
     eas = _eas_model(model, "count_kv_bytes")
+    check_shapes(batch_size, prompt_tokens, new_tokens)
     base = eas.model
-    work = Workload(base, batch, None, None, new_tokens)
+    work = Workload(base, batch, new_tokens=new_tokens, entry=_entry(model, eas))
     if work.is_encoder_decoder:  # whose encoder decides how long the cross-attentions' entries are
-        work = Workload(base, batch, None, prompt_tokens, new_tokens)
+        work = Workload(base, batch, None, prompt_tokens, new_tokens, work.entry)
     with bare(model, eas):
-        cache = getattr(work.prefill(), "past_key_values", None) if work.generates else None
+        cache = work.cache_of(work.prefill()) if work.generates else None
     if not isinstance(cache, Cache):
         raise ValueError(
             f"count_kv_bytes: {type(base).__name__} keeps no KV cache, so that there is nothing to save. Choose by "
@@ -196,7 +198,7 @@ def measured_speedup(
     eas = _eas_model(model, "measured_speedup")
     if unknown := [name for name in names if name not in eas.candidates]:
         raise ValueError(f"measured_speedup: {unknown[0]!r} is no candidate. Candidates: {eas.candidates}.")
-    work = Workload(eas.model, batch, batch_size, prompt_tokens, new_tokens)
+    work = Workload(eas.model, batch, batch_size, prompt_tokens, new_tokens, _entry(model, eas))
     with bare(model, eas):
         phases = [(1, work.prefill, work.prefill)]
         if new_tokens:
@@ -207,7 +209,7 @@ def measured_speedup(
         pairs_of = [time_pairs(eas, names, rounds, *runs) for _, *runs in phases]
     times = [number for number, *_ in phases]
     speedups = [
-        sum(n * base for n, (base, _) in zip(times, pairs)) / sum(n * skipped for n, (_, skipped) in zip(times, pairs))
+        sum(n * pair[0] for n, pair in zip(times, pairs)) / sum(n * pair[1] for n, pair in zip(times, pairs))
         for pairs in zip(*pairs_of)
     ]
     low, median, high = statistics.quantiles(speedups, n=4, method="inclusive")
@@ -224,6 +226,11 @@ def _eas_model(model: nn.Module, caller: str) -> EASModel:
     if any(layer.merged for layer in layers_of(eas, MHALayer)):
         raise ValueError(f"{caller} looks at the base, but the adapters are merged. Call unmerge_adapter() first.")
     return eas
+
+
+def _entry(model: nn.Module, eas: EASModel) -> nn.Module:
+    """What to call: the base alone, unless it is sharded, and its weights are gathered where the whole is entered."""
+    return eas.model if sharded_parameter(eas) is None else model
 
 
 def _bytes(slot: Any, rows: int | None, length: int | None) -> int:

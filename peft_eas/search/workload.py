@@ -21,12 +21,13 @@ class Workload:
     """What a model is given in use, made from a batch.
 
     Args:
-        model: the base model, as it is called.
+        model: the base model.
         batch: its keyword arguments; labels are left out, and what a decoder is given follows from them.
         batch_size: sequences; by default as many as the batch has, else they are taken in turn.
         prompt_tokens: tokens of each sequence (of an encoder-decoder, of the encoder's); by default those of the batch
             with its mask. Otherwise sequences are cut, or go on with their last token, and nothing is padding.
-        new_tokens: tokens that are generated for each sequence.
+        new_tokens: tokens that are decoded behind it, one by one.
+        entry: what to call, if that is not the model itself, but a model around it.
 
     Attributes:
         inputs: what the prefill is given.
@@ -43,20 +44,16 @@ class Workload:
         batch_size: int | None = None,
         prompt_tokens: int | None = None,
         new_tokens: int = 0,
+        entry: nn.Module | None = None,
     ) -> None:
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"The batch to measure with is of type {type(batch).__name__}. Pass a dictionary of the model's "
                 "arguments."
             )
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("prompt_tokens", prompt_tokens, 1),
-            ("new_tokens", new_tokens, 0),
-        ):
-            if value is not None and not is_int(value, least):
-                raise ValueError(f"{name}={value!r} was received. Give an integer of at least {least}.")
+        check_shapes(batch_size, prompt_tokens, new_tokens)
         self.model = model
+        self.entry = model if entry is None else entry
         self.generates = bool(getattr(model, "can_generate", lambda: False)())
         self.is_encoder_decoder = self.generates and bool(getattr(model.config, "is_encoder_decoder", False))
         self.new_tokens = new_tokens
@@ -88,6 +85,8 @@ class Workload:
             )
         self.inputs = inputs
         self._takes = inspect.signature(model.forward).parameters
+        # Of the argument, and of what is returned; transformers 5.24 has renamed both.
+        self._cache_key = "cache" if "cache" in self._takes else "past_key_values"
         options = {"use_cache": True, "logits_to_keep": 1} if self.generates else {}
         self._options = {name: value for name, value in options.items() if name in self._takes}
 
@@ -98,31 +97,32 @@ class Workload:
 
     def prefill(self) -> Any:
         """The forward pass over the batch; returns its output."""
-        return self.model(**self.inputs, **self._options)
+        return self.entry(**self.inputs, **self._options)
+
+    def cache_of(self, output: Any) -> Any:
+        """The KV cache in an output of the model, or None."""
+        return getattr(output, self._cache_key, None)
 
     def decoding(self) -> Callable[[], Any]:
         """A function that decodes a token for each sequence, behind the prompt and half of the new tokens."""
         length = self.tokens.shape[1]
         inputs = _with_tokens(self.inputs, self._tokens, length + self.new_tokens // 2)
-        output = self.model(**inputs, **self._options)
+        output = self.entry(**inputs, **self._options)
         given: dict[str, Any] = {self._tokens: inputs[self._tokens][:, -1:], "use_cache": True}
         mask = inputs.get("attention_mask")
         if self.is_encoder_decoder:
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
         if mask is not None:
             given["attention_mask"] = mask
-        # The name of the argument, and of what is returned, in transformers from 5.24 on, and before.
-        cache_key = "cache" if "cache" in self._takes else "past_key_values"
-        given[cache_key] = getattr(output, cache_key)
-
+        given[self._cache_key] = self.cache_of(output)
         needs_position = "position_ids" in self._takes and not self.is_encoder_decoder
 
         def step() -> None:
             if mask is not None and not self.is_encoder_decoder:
                 given["attention_mask"] = F.pad(given["attention_mask"], (0, 1), value=1)
             if needs_position:  # a few models do not find them by themselves
-                given["position_ids"] = torch.full_like(given[self._tokens], given[cache_key].get_seq_length())
-            given[cache_key] = getattr(self.model(**given), cache_key)
+                given["position_ids"] = torch.full_like(given[self._tokens], given[self._cache_key].get_seq_length())
+            given[self._cache_key] = self.cache_of(self.entry(**given))
 
         return step
 
@@ -136,6 +136,14 @@ class Workload:
         elif (start := getattr(self.model.config, "decoder_start_token_id", None)) is not None:
             rows = next(value for value in inputs.values() if isinstance(value, torch.Tensor)).shape[0]
             inputs["decoder_input_ids"] = torch.full((rows, 1), start, device=device)
+
+
+def check_shapes(batch_size: int | None, prompt_tokens: int | None, new_tokens: int) -> None:
+    """Raises a ValueError for shapes out of range."""
+    least = {"batch_size": 1, "prompt_tokens": 1, "new_tokens": 0}
+    for (name, number), value in zip(least.items(), (batch_size, prompt_tokens, new_tokens)):
+        if not is_int(value, number) and (value is not None or name == "new_tokens"):
+            raise ValueError(f"{name}={value!r} was received. Give an integer of at least {number}.")
 
 
 def _with_rows(inputs: dict[str, Any], rows: int | None) -> dict[str, Any]:
