@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import regression
-from .goal import Goal
+from .goal import Goal, cheapest_first
 from .strategy import Strategy
 
 # A group of training losses: so many steps, over which the training's progress is small beside the batches' noise.
@@ -77,6 +77,16 @@ class ThompsonSampling(Strategy):
     def costs(self) -> tuple[list[float], list[float]]:
         """Expected increase of the log loss by skipping each candidate, and its standard deviation."""
         return self._posterior.mean.tolist(), self._posterior.deviation.tolist()
+
+    def curve(self) -> dict[str, list[float]]:
+        """By number of candidates skipped, the cheapest first: the expected increase of the log loss against nothing
+        skipped, and its standard deviation."""
+        order, chosen = cheapest_first(self._posterior.mean.tolist()), max(1, len(self._chosen()))
+        numbers = range(len(order) + 1)
+        # The level belongs to sets of about the chosen size; with nothing skipped there is none.
+        costs = [self._posterior.mean[order[:k]].sum() + self.level * min(1.0, k / chosen) for k in numbers]
+        deviations = [float(np.linalg.norm(self._posterior.root[order[:k]].sum(0))) for k in numbers]
+        return {"num_skip": list(numbers), "increase": [float(cost) for cost in costs], "deviation": deviations}
 
     def expected_gain(self) -> float:
         """By how much the log loss of the true best set is expected to be below that of `best()`; 0 when settled."""
