@@ -42,8 +42,6 @@ class ThompsonSampling(Strategy):
     Args:
         candidates, num_skip, seed: as of every `Strategy`.
         goal: what decides how many are skipped, in place of `num_skip`.
-        hint: by candidate, a number that is expected to grow with its cost, such as −log of one minus its cosine
-            similarity; how far it is to be trusted is learned. Default: nothing is expected.
     """
 
     def __init__(
@@ -51,14 +49,13 @@ class ThompsonSampling(Strategy):
         candidates: Sequence[str],
         num_skip: int | None = None,
         seed: int = 0,
-        hint: Mapping[str, float] | None = None,
         goal: Goal | None = None,
     ) -> None:
         super().__init__(candidates, num_skip, seed)
         if (num_skip is None) == (goal is None):
             raise ValueError(f"ThompsonSampling(num_skip={num_skip}, goal={goal}): give one of the two.")
         self.goal = Goal("number", num_skip) if goal is None else goal
-        self.hint = None if hint is None else [float(hint[name]) for name in self.candidates]
+        self.hint: list[float] | None = None
         self._steps: list[tuple[int, list[int], float]] = []
         self._all_sets = all_sets(len(self.candidates))
         self._level = 0.0
@@ -144,6 +141,21 @@ class ThompsonSampling(Strategy):
         parts = [text.split() for text in state["steps"]]
         self._steps = [(int(step), [int(index) for index in indices], float(loss)) for step, *indices, loss in parts]
         self._learn()
+
+    def take_hint(self, similarities: Mapping[str, float]) -> None:
+        """Expects that skipping a candidate costs the more, the more it changes what passes it.
+
+        How far that holds is learnt from the losses.
+
+        Args:
+            similarities: by candidate, the cosine similarity in front of and behind it, as `attention_similarities`
+                returns; empty, to expect nothing.
+        """
+        if not similarities:
+            return
+        self.hint = [math.log(max(1.0 - similarities[name], 1e-9)) for name in self.candidates]
+        if not self.rounds and not self._steps:
+            self._take(regression.prior(len(self._posterior.mean), self._standard_hint))
 
     def note_step(self, names: Iterable[str], loss: float, step: int) -> None:
         """Takes the loss of a training step with `names` skipped. The costs follow with the next round."""
