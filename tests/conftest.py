@@ -114,6 +114,25 @@ _MHA_NAMES = {
 _TASKS = {"bert": "SEQ_CLS", "vit": None}
 
 
+@pytest.fixture
+def pictures() -> None:
+    """For tests of a card's picture; see `cards_without_pictures`."""
+
+
+@pytest.fixture(autouse=True)
+def cards_without_pictures(request, monkeypatch) -> None:
+    """Cards come as without matplotlib, where a test does not ask for `pictures`.
+
+    A picture takes as long as it takes to merge a tiny model and to save all else of it.
+    """
+
+    def no_matplotlib(*_: object) -> None:
+        raise ImportError
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("peft_eas.reporting.card.draw_skip_map", no_matplotlib)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the tests run."""

@@ -24,6 +24,7 @@ from peft_eas import ARCHITECTURES as TABLE
 from peft_eas import Architecture, EASConfig
 from peft_eas.architectures import at_path, find_mhas
 from peft_eas.layers import FFNLayer, MHALayer
+from peft_eas.reporting.card import PICTURE
 from peft_eas.runtime.merged import merged_model_class
 
 NAMES = list(ARCHITECTURES)
@@ -318,6 +319,7 @@ def test_self_and_cross_attention_in_front_of_one_ffn_are_skipped_each_alone():
         ("vilt", "AutoModelForVisualQuestionAnswering"),
     ],
 )
+@pytest.mark.usefixtures("pictures")
 def test_the_card_names_the_auto_class_that_loads_all_of_the_model(name, auto, tmp_path):
     family = ARCHITECTURES[name]
     merged = merge(make(family, "some"), "running")
@@ -325,6 +327,7 @@ def test_the_card_names_the_auto_class_that_loads_all_of_the_model(name, auto, t
     card = (tmp_path / "README.md").read_text()
     assert f"{auto}.from_pretrained" in card
     assert metadata_problems(card) == ([], [])
+    assert (tmp_path / PICTURE).stat().st_size > 0
     inputs = family.make_inputs()
     loaded = getattr(transformers, auto).from_pretrained(tmp_path)
     assert torch.equal(output(loaded, inputs), output(merged, inputs))

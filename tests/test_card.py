@@ -23,6 +23,8 @@ from test_merge import auto_class
 from peft_eas.reporting import provenance
 from peft_eas.reporting.card import BEGIN, END, PICTURE, PLACEHOLDER, record_speed
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 PIPELINES = {
     "llama": "text-generation",
     "bert": "text-classification",
