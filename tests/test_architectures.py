@@ -5,7 +5,6 @@ What holds for any architecture (training, resuming, bad input, ...) is tested e
 
 import inspect
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +16,7 @@ from conftest import difference
 from families import ARCHITECTURES, KEYS, SKIPS, SPECIAL_TOKENS, Family, candidates, labelled, make, output
 from hub_metadata import metadata_problems
 from peft import PeftModel, get_peft_model
+from processes import run_alone
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -632,6 +632,4 @@ def test_checkpoints_of_all_families_load_without_the_package(context, tmp_path)
         implementation = getattr(family.build().config, "_experts_implementation", None)
         torch.save((inputs, output(merged, inputs), autos[0], KEYS, implementation), folder / "expected.pt")
         folders.append(str(folder))
-    run = [sys.executable, "-c", _WORKER, *folders]
-    result = subprocess.run(run, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_alone(_WORKER, *folders, folder=tmp_path)

@@ -4,8 +4,6 @@ import copy
 import importlib
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -30,6 +28,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from processes import run_alone
 from transformers import AutoModelForCausalLM
 
 import peft_eas
@@ -88,10 +87,12 @@ def test_importing_again_is_harmless(device):
     assert isinstance(model.base_model, peft_eas.EASModel)
 
 
-def test_importing_all_of_it_anew_is_harmless():
+def test_importing_all_of_it_anew_is_harmless(tmp_path):
     """As notebooks that reload every module do."""
     script = """
-import sys, peft_eas
+import sys, warnings
+warnings.simplefilter("error", DeprecationWarning)
+import peft_eas
 for name in [name for name in sys.modules if name.split(".")[0] == "peft_eas"]:
     del sys.modules[name]
 import peft_eas, torch
@@ -103,7 +104,7 @@ model = get_peft_model(LlamaForCausalLM(config), peft_eas.EASConfig(r=2, attenti
 model.set_skipped_modules(model.candidates[:1])
 model(input_ids=torch.tensor([[1, 2]]))
 """
-    subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", script], check=True, timeout=120)
+    run_alone(script, folder=tmp_path)
 
 
 def test_get_peft_model_makes_an_eas_model(device):
