@@ -3,6 +3,7 @@
 Set PEFT_EAS_TEST_DEVICE to run everything on another device, such as "cuda".
 """
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -236,6 +237,12 @@ def skip_unless_stock_can(run: Callable[[], object]) -> None:
         run()
     except Exception as error:  # whatever it is, it is not ours
         pytest.skip(f"the stock model fails here as well: {type(error).__name__}: {error}"[:200])
+
+
+def pytest_collection_finish() -> None:
+    """Takes from the garbage collector, which each run of Trainer calls, all that is imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

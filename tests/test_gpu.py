@@ -20,7 +20,7 @@ def case_records(folder):
 
 
 def run_here(monkeypatch, *options):
-    """As `run`, in this process, which need import nothing for it."""
+    """As `run`, but in this process, which has imported everything already."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     monkeypatch.setattr("sys.argv", ["run.py", *options])
