@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -45,13 +46,22 @@ def save_tokenizer(folder: Path, words: int) -> PreTrainedTokenizerFast:
 class Saved:
     """The base and an adapter of a family, in folders, with what they must say."""
 
-    def __init__(self, family: str, folder: Path, skip: tuple[int, ...] = (1, 3), num_labels: int | None = None):
+    def __init__(
+        self,
+        family: str,
+        folder: Path,
+        skip: tuple[int, ...] = (1, 3),
+        num_labels: int | None = None,
+        context: str = "running",
+        model_class: str | None = None,
+        **options: Any,
+    ):
         self.family, self.base, self.adapter, self.out = family, folder / "base", folder / "adapter", folder / "out"
         self.auto_class = getattr(transformers, AUTO[family])
-        build_model(family).save_pretrained(self.base)
+        build_model(family, model_class=model_class).save_pretrained(self.base)
         labels = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         base = self.auto_class.from_pretrained(self.base, **labels)
-        model = add_eas(base, family, list(skip), "running", **HEAD.get(family, {}))
+        model = add_eas(base, family, list(skip), context, **{**HEAD.get(family, {}), **options})
         if family == "llama":
             model.peft_config["default"].scores = SCORES
         self.inputs = make_inputs(family, "cpu")
@@ -128,30 +138,17 @@ def test_merge_in_another_dtype(llama):
 
 
 def test_merge_keeps_the_adapters_for_each_prompt(tmp_path):
-    build_model("llama").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = add_eas(base, "llama", [1, 3])
-    inputs = make_inputs("llama", "cpu")
-    expected = logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    arguments = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), "--context", "prompt"]
-    assert main(arguments) == 0
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert difference(logits(merged, inputs), expected) < 1e-5
+    saved = Saved("llama", tmp_path, context="prompt")
+    assert saved.merge("--context", "prompt") == 0
+    assert saved.difference() < 1e-5
 
 
 def test_merge_takes_the_base_from_another_class_than_the_one_it_was_saved_from(tmp_path):
     """A masked language model tuned as a classifier with a head of seven classes."""
-    build_model("bert", model_class="BertForMaskedLM").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=7)
-    model = add_eas(base, "bert", [0, 2], "running", modules_to_save=["classifier", "pooler"])
-    inputs = make_inputs("bert", "cpu")
-    expected = logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    arguments = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), "--num-labels", "7"]
-    assert main(arguments) == 0
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert difference(logits(merged, inputs), expected) < 1e-5
+    changes = {"model_class": "BertForMaskedLM", "modules_to_save": ["classifier", "pooler"]}
+    saved = Saved("bert", tmp_path, num_labels=7, **changes)
+    assert saved.merge("--num-labels", "7") == 0
+    assert saved.difference() < 1e-5
 
 
 def test_a_head_of_another_size_is_told(tmp_path, capsys):

@@ -146,10 +146,11 @@ def test_low_cpu_mem_usage(family, saved, device):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.parametrize("auto_class", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
 @pytest.mark.parametrize("family", DECODERS)
-def test_auto_peft_model(family, saved, device):
+def test_auto_classes_find_the_base_of_an_adapter(family, auto_class, saved, device):
     _, adapter, inputs, expected = saved[family]
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter).to(device)
+    model = auto_class.from_pretrained(adapter).to(device)
     assert torch.equal(logits(model, inputs), expected)
 
 
@@ -223,13 +224,6 @@ def test_adapters_on_top_of_adapters(device):
     assert not torch.equal(logits(second, inputs), logits(build_model("llama", device), inputs))
     second.set_adapter("default")
     assert torch.equal(logits(second, inputs), expected)
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_from_pretrained_of_transformers_finds_the_adapter(family, saved, device):
-    _, adapter, inputs, expected = saved[family]
-    model = AutoModelForCausalLM.from_pretrained(adapter).to(device)
-    assert torch.equal(logits(model, inputs), expected)
 
 
 def test_generation_with_load_adapter_of_transformers(saved, device):
