@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a GPU that was asked for before a fork is of no use behind it
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
 
