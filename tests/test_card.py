@@ -3,7 +3,6 @@
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -17,11 +16,14 @@ from hub_metadata import metadata_problems
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, metadata_load
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_alone
 from safetensors.torch import load_file
 from test_merge import auto_class
 
 from peft_eas.reporting import provenance
 from peft_eas.reporting.card import BEGIN, END, PICTURE, PLACEHOLDER, record_speed
+
+pytestmark = pytest.mark.usefixtures("pictures")
 
 PIPELINES = {
     "llama": "text-generation",
@@ -209,11 +211,7 @@ def test_the_code_in_it_runs(kind, saved):
             "    actual = model(**inputs).logits\nassert torch.equal(actual, expected)\n"
             "assert 'peft_eas' not in sys.modules\n"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(saved.folder / "expected.pt")],
-            capture_output=True, text=True, timeout=300, cwd=saved.folder,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr[-2000:]
+        run_alone(code, saved.folder / "expected.pt", folder=saved.folder)
 
 
 def test_saving_twice_gives_the_same_card(saved, tmp_path):

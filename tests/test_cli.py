@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
 import transformers
 from conftest import add_eas, build_model, difference, logits, make_inputs, mha_names
 from peft import LoraConfig, get_peft_model
+from processes import run_alone
 from tokenizers import Tokenizer, models
 from training import SCHEDULE, make_model, make_trainer
 from transformers import PreTrainedTokenizerFast
@@ -44,13 +46,22 @@ def save_tokenizer(folder: Path, words: int) -> PreTrainedTokenizerFast:
 class Saved:
     """The base and an adapter of a family, in folders, with what they must say."""
 
-    def __init__(self, family: str, folder: Path, skip: tuple[int, ...] = (1, 3), num_labels: int | None = None):
+    def __init__(
+        self,
+        family: str,
+        folder: Path,
+        skip: tuple[int, ...] = (1, 3),
+        num_labels: int | None = None,
+        context: str = "running",
+        model_class: str | None = None,
+        **options: Any,
+    ):
         self.family, self.base, self.adapter, self.out = family, folder / "base", folder / "adapter", folder / "out"
         self.auto_class = getattr(transformers, AUTO[family])
-        build_model(family).save_pretrained(self.base)
+        build_model(family, model_class=model_class).save_pretrained(self.base)
         labels = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         base = self.auto_class.from_pretrained(self.base, **labels)
-        model = add_eas(base, family, list(skip), "running", **HEAD.get(family, {}))
+        model = add_eas(base, family, list(skip), context, **{**HEAD.get(family, {}), **options})
         if family == "llama":
             model.peft_config["default"].scores = SCORES
         self.inputs = make_inputs(family, "cpu")
@@ -127,30 +138,17 @@ def test_merge_in_another_dtype(llama):
 
 
 def test_merge_keeps_the_adapters_for_each_prompt(tmp_path):
-    build_model("llama").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = add_eas(base, "llama", [1, 3])
-    inputs = make_inputs("llama", "cpu")
-    expected = logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    arguments = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), "--context", "prompt"]
-    assert main(arguments) == 0
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert difference(logits(merged, inputs), expected) < 1e-5
+    saved = Saved("llama", tmp_path, context="prompt")
+    assert saved.merge("--context", "prompt") == 0
+    assert saved.difference() < 1e-5
 
 
 def test_merge_takes_the_base_from_another_class_than_the_one_it_was_saved_from(tmp_path):
     """A masked language model tuned as a classifier with a head of seven classes."""
-    build_model("bert", model_class="BertForMaskedLM").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=7)
-    model = add_eas(base, "bert", [0, 2], "running", modules_to_save=["classifier", "pooler"])
-    inputs = make_inputs("bert", "cpu")
-    expected = logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    arguments = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), "--num-labels", "7"]
-    assert main(arguments) == 0
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert difference(logits(merged, inputs), expected) < 1e-5
+    changes = {"model_class": "BertForMaskedLM", "modules_to_save": ["classifier", "pooler"]}
+    saved = Saved("bert", tmp_path, num_labels=7, **changes)
+    assert saved.merge("--num-labels", "7") == 0
+    assert saved.difference() < 1e-5
 
 
 def test_a_head_of_another_size_is_told(tmp_path, capsys):
@@ -380,25 +378,19 @@ def test_every_command_has_help_with_an_example_that_it_takes(command, capsys):
     _parser().parse_args(example[1:])
 
 
-def as_user(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+def test_as_a_module_with_exit_codes(llama, tmp_path):
+    as_module = "import runpy; runpy.run_module('peft_eas', run_name='__main__')"
+    assert run_alone(as_module, "merge", "base", "adapter", "out", folder=tmp_path) == "out\n"
+    assert llama.difference() < 1e-5
+    process = subprocess.run(
+        [sys.executable, "-m", "peft_eas", "summary", "base"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-
-
-def test_as_a_module_with_exit_codes(llama, tmp_path):
-    process = as_user("-m", "peft_eas", "merge", "base", "adapter", "out", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "out\n"
-    assert llama.difference() < 1e-5
-    process = as_user("-m", "peft_eas", "summary", "base", cwd=tmp_path)
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
     assert process.stderr.splitlines()[-1].startswith("peft-eas summary: base holds neither")
