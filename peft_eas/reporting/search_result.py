@@ -1,0 +1,132 @@
+"""What a search found, in numbers and words: what skipping costs, and how sure that is."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# Of a candidate's value: a score without a meaning of its own (the higher, the less it costs to skip it), or a cost:
+# by how much skipping it raises the logarithm of the loss, or the loss itself where that can be negative.
+Unit = Literal["score", "log loss", "loss"]
+
+# Rows of a card's table on either side of the choice.
+NEIGHBOURS = 3
+
+
+def against_chosen(costs: dict[str, float], chosen: Collection[str]) -> list[float]:
+    """Costs less the mean cost of the chosen. Where all sets that were tried are of one size, they tell costs apart,
+    but not what all have in common."""
+    known = [costs[name] for name in chosen if name in costs]
+    reference = math.fsum(known) / max(1, len(known))
+    return [cost - reference for cost in costs.values()]
+
+
+def shown(increase: float, unit: Unit) -> float:
+    """An increase as an axis shows it: of the log loss, as the increase of the loss in percent."""
+    return 100.0 * math.expm1(min(increase, 100.0)) if unit == "log loss" else increase
+
+
+def increase_text(increase: float, unit: Unit, deviation: float | None = None) -> str:
+    """An increase for people, with its standard deviation: "+2.1 ± 0.4 %", or "×12 ± 3" where the loss doubles."""
+    percent = shown(increase, unit)
+    ratio = 1.0 + percent / 100.0
+    spread = None if deviation is None else deviation * (100.0 * ratio if unit == "log loss" else 1.0)
+    if unit != "log loss":
+        return f"{increase:+.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    if ratio >= 2.0:
+        return f"×{_rounded(ratio)}" + ("" if spread is None else f" ± {_rounded(spread / 100.0)}")
+    digits = 2 if abs(percent) < 1.0 and (spread is None or spread < 1.0) else 1
+    return f"{percent:+.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}") + " %"
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.1e}" if number >= 1e5 else f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search left beside scores and skip set.
+
+    Attributes:
+        strategy: name of its class.
+        curve: `{"num_skip", "increase", "deviation"}`, lists: by how much the log loss is expected to grow against
+            nothing skipped when so many candidates are skipped, the cheapest first, and the standard deviation.
+        measured: `{"num_skip", "increase", "deviation"}` of a few numbers skipped: the same, measured on held-out
+            batches when the search ended; the deviation is the standard error.
+        savings: `{"unit", "total", "per_candidate"}`: of what the whole base needs, "seconds", "bytes" of KV cache or
+            "attentions", how much skipping each candidate saves.
+        unit: of the increases.
+    """
+
+    strategy: str
+    curve: dict[str, list[float]] | None = None
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    savings: dict[str, Any] | None = None
+    unit: Unit = "log loss"
+
+    @classmethod
+    def of(cls, saved: dict[str, Any] | None) -> "SearchResult | None":
+        """From what a config or a record keeps; None where that is nothing."""
+        if not saved:
+            return None
+        curve = saved.get("curve")
+        unit: Unit = saved.get("unit") or "log loss"
+        return cls(
+            saved.get("strategy") or "an unnamed strategy",
+            curve,
+            list(saved.get("measured") or ()),
+            saved.get("savings"),
+            unit if curve else "score",
+        )
+
+    def expected(self, num_skip: int) -> tuple[float, float] | None:
+        """The curve's increase and deviation at a number of skipped candidates."""
+        if self.curve is None or num_skip not in self.curve["num_skip"]:
+            return None
+        at = self.curve["num_skip"].index(num_skip)
+        return self.curve["increase"][at], self.curve["deviation"][at]
+
+    def measurement(self, num_skip: int) -> tuple[float, float | None] | None:
+        """The same as measured."""
+        found = next((one for one in self.measured if one["num_skip"] == num_skip), None)
+        return None if found is None else (found["increase"], found.get("deviation"))
+
+    def saved(self, ranking: Sequence[int]) -> tuple[str, list[str]] | None:
+        """What the savings are called, and what they come to with the first 0, 1, … of `ranking` skipped."""
+        if self.savings is None or self.savings["unit"] not in ("seconds", "bytes"):
+            return None
+        is_time, total = self.savings["unit"] == "seconds", self.savings["total"]
+        left, texts = total, []
+        for index in (None, *ranking):
+            left -= 0.0 if index is None else self.savings["per_candidate"][index]
+            share = max(left / total, 0.0)
+            texts.append("" if not share and is_time else f"{1 / share:.2f}×" if is_time else f"{100 * share:.0f} %")
+        return "speed-up" if is_time else "KV cache left", texts
+
+    def sentence(self, num_skip: int, num_candidates: int) -> str:
+        """The strategy and the chosen point."""
+        text = f"The search ({self.strategy}) chose {num_skip} of {num_candidates}"
+        parts = []
+        for what, point in (("expected", self.expected(num_skip)), ("measured", self.measurement(num_skip))):
+            if point is not None:
+                increase, deviation = point
+                parts.append(f"{what} {increase_text(increase, self.unit, deviation)}")
+        return f"{text}; increase of the held-out loss by skipping them: {', '.join(parts)}." if parts else f"{text}."
+
+    def table(self, num_skip: int, ranking: Sequence[int] | None) -> list[tuple[str, ...]]:
+        """Head and rows of the curve around the choice: number skipped, expected, measured, and what it saves."""
+        if self.curve is None:
+            return []
+        near = range(num_skip - NEIGHBOURS, num_skip + NEIGHBOURS + 1)
+        numbers = [number for number in self.curve["num_skip"] if number in near or self.measurement(number)]
+        saved = None if ranking is None else self.saved(ranking)
+        head = ("Skipped", "Expected increase of the loss", "Measured")
+        rows = []
+        for number in numbers:
+            points = (self.expected(number), self.measurement(number))
+            cells = (
+                f"{number}, the choice" if number == num_skip else str(number),
+                *("" if point is None else increase_text(point[0], self.unit, point[1]) for point in points),
+            )
+            rows.append((*cells, saved[1][number]) if saved else cells)
+        return [(*head, saved[0].capitalize()) if saved else head, *rows]
