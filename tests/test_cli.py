@@ -304,10 +304,11 @@ def test_plot_of_an_adapter_or_a_merged_model_gives_the_map(llama, kind, monkeyp
     llama.merge()
     capsys.readouterr()
     seen = []
-    monkeypatch.setattr("peft_eas.cli.draw_skip_map", lambda *arguments: seen.append(arguments) or arguments[-1])
+    draw = "peft_eas.reporting.plots.result.draw_skip_map"
+    monkeypatch.setattr(draw, lambda *arguments, unit: seen.append((*arguments, unit)) or arguments[-1])
     assert main(["plot", str(getattr(llama, kind)), "--output-dir", str(tmp_path)]) == 0
     names = mha_names("llama")
-    assert seen == [(names, [names[1], names[3]], SCORES, tmp_path / "skip_map.png")]
+    assert seen == [(names, [names[1], names[3]], SCORES, tmp_path / "skip_map.png", "score")]
     assert "No search curve" in capsys.readouterr().err
 
 

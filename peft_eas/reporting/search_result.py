@@ -9,16 +9,27 @@ from typing import Any, Literal
 # by how much skipping it raises the logarithm of the loss, or the loss itself where that can be negative.
 Unit = Literal["score", "log loss", "loss"]
 
+# What the column of values is called, and what it means.
+COLUMNS: dict[Unit, tuple[str, str]] = {
+    "score": ("score", "By the search's score, the higher, the less it costs to skip an attention."),
+    "log loss": ("cost", "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones."),
+    "loss": ("cost", "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones."),
+}
 # Rows of a card's table on either side of the choice.
 NEIGHBOURS = 3
 
 
-def against_chosen(costs: dict[str, float], chosen: Collection[str]) -> list[float]:
+def against_chosen(costs: dict[str, float], chosen: Collection[str]) -> dict[str, float]:
     """Costs less the mean cost of the chosen. Where all sets that were tried are of one size, they tell costs apart,
     but not what all have in common."""
     known = [costs[name] for name in chosen if name in costs]
     reference = math.fsum(known) / max(1, len(known))
-    return [cost - reference for cost in costs.values()]
+    return {name: cost - reference for name, cost in costs.items()}
+
+
+def ranking_of(scores: Sequence[float]) -> list[int]:
+    """Indices of the candidates, the one to skip first at the front, as `Strategy.ranking`."""
+    return sorted(range(len(scores)), key=lambda i: (scores[i], i), reverse=True)
 
 
 def shown(increase: float, unit: Unit) -> float:
@@ -37,6 +48,11 @@ def increase_text(increase: float, unit: Unit, deviation: float | None = None) -
         return f"×{_rounded(ratio)}" + ("" if spread is None else f" ± {_rounded(spread / 100.0)}")
     digits = 2 if abs(percent) < 1.0 and (spread is None or spread < 1.0) else 1
     return f"{percent:+.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}") + " %"
+
+
+def value_text(value: float, unit: Unit) -> str:
+    """A candidate's score or cost, in a table."""
+    return f"{value:+.4f}" if unit == "score" else increase_text(value, unit)
 
 
 def _rounded(number: float) -> str:
@@ -66,7 +82,7 @@ class SearchResult:
 
     @classmethod
     def of(cls, saved: dict[str, Any] | None) -> "SearchResult | None":
-        """From what a config or a record keeps; None where that is nothing."""
+        """From the `search` of a config, a dict of these attributes, some of which may be missing or None."""
         if not saved:
             return None
         curve = saved.get("curve")
@@ -100,27 +116,30 @@ class SearchResult:
         for index in (None, *ranking):
             left -= 0.0 if index is None else self.savings["per_candidate"][index]
             share = max(left / total, 0.0)
-            texts.append("" if not share and is_time else f"{1 / share:.2f}×" if is_time else f"{100 * share:.0f} %")
-        return "speed-up" if is_time else "KV cache left", texts
+            fast = f"{1 / share:.2f}×" if share > 1e-6 else ""
+            texts.append(fast if is_time else f"{100 * share:.0f} %")
+        return "Speed-up" if is_time else "KV cache left", texts
 
     def sentence(self, num_skip: int, num_candidates: int) -> str:
         """The strategy and the chosen point."""
-        text = f"The search ({self.strategy}) chose {num_skip} of {num_candidates}"
-        parts = []
-        for what, point in (("expected", self.expected(num_skip)), ("measured", self.measurement(num_skip))):
-            if point is not None:
-                increase, deviation = point
-                parts.append(f"{what} {increase_text(increase, self.unit, deviation)}")
-        return f"{text}; increase of the held-out loss by skipping them: {', '.join(parts)}." if parts else f"{text}."
+        text = f"The search ({self.strategy}) chose {num_skip} of {num_candidates} candidates to skip."
+        points = {"expected": self.expected(num_skip), "measured": self.measurement(num_skip)}
+        parts = [f"{what} {increase_text(at[0], self.unit, at[1])}" for what, at in points.items() if at is not None]
+        change = f" When it ended, that changed the held-out loss against nothing skipped by: {', '.join(parts)}."
+        return text + change if parts else text
 
-    def table(self, num_skip: int, ranking: Sequence[int] | None) -> list[tuple[str, ...]]:
+    def values(self, scores: dict[str, float], chosen: Collection[str]) -> dict[str, float]:
+        """The scores in `unit`: as they are, or the costs that they stand for, against the mean of the chosen."""
+        return scores if self.unit == "score" else against_chosen({name: -x for name, x in scores.items()}, chosen)
+
+    def table(self, num_skip: int, ranking: Sequence[int]) -> list[tuple[str, ...]]:
         """Head and rows of the curve around the choice: number skipped, expected, measured, and what it saves."""
         if self.curve is None:
             return []
         near = range(num_skip - NEIGHBOURS, num_skip + NEIGHBOURS + 1)
         numbers = [number for number in self.curve["num_skip"] if number in near or self.measurement(number)]
-        saved = None if ranking is None else self.saved(ranking)
-        head = ("Skipped", "Expected increase of the loss", "Measured")
+        saved = self.saved(ranking)
+        head = ("Skipped", "Change of the loss, expected", "Measured")
         rows = []
         for number in numbers:
             points = (self.expected(number), self.measurement(number))
@@ -129,4 +148,4 @@ class SearchResult:
                 *("" if point is None else increase_text(point[0], self.unit, point[1]) for point in points),
             )
             rows.append((*cells, saved[1][number]) if saved else cells)
-        return [(*head, saved[0].capitalize()) if saved else head, *rows]
+        return [(*head, saved[0]) if saved else head, *rows]

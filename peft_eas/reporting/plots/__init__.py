@@ -4,8 +4,9 @@ Each function takes the search as any of: the folder of a run or of a checkpoint
 `trainer_state.json`, or the record that is in these (`EASCallback.record`, `EASSearch.state_dict()`).
 """
 
-from .loss_curve import draw_loss_curve, plot_loss_curve
+from .loss_curve import plot_loss_curve
 from .record import read_search
+from .result import plot_result
 from .search_curve import plot_search_curve
 from .skip_map import draw_skip_map, plot_skip_map
 from .style import KEPT, SKIPPED
@@ -13,9 +14,9 @@ from .style import KEPT, SKIPPED
 __all__ = [
     "KEPT",
     "SKIPPED",
-    "draw_loss_curve",
     "draw_skip_map",
     "plot_loss_curve",
+    "plot_result",
     "plot_search_curve",
     "plot_skip_map",
     "read_search",

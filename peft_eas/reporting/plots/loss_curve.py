@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..search_result import SearchResult, increase_text, shown
-from .record import Source, read_search
+from .record import Source, read_rounds
 from .style import FAINT, FONT_SIZE, KEPT, SKIPPED, new_figure, plain, save
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def plot_loss_curve(source: Source, path: str | os.PathLike) -> Path:
     returns it.
 
     Raises:
-        ImportError: without matplotlib. FileNotFoundError, ValueError: if `source` holds no search, or one without
-            this curve, as the bandit's.
+        ImportError: without matplotlib. FileNotFoundError, ValueError: if `source` holds no search, one without a
+            round of rewards yet, or one without this curve, as the bandit's.
     """
-    search = read_search(source)
+    search = read_rounds(source)
     return draw_loss_curve(search.result, len(search.skipped), search.ranking, path, search.is_over)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...strategies import STRATEGIES, AttentionBandit, Strategy, ThompsonSampling
-from ..search_result import SearchResult, Unit, against_chosen
+from ..search_result import SearchResult, Unit, against_chosen, ranking_of
 
 Source = str | os.PathLike | dict[str, Any]
 
@@ -54,6 +54,18 @@ class Search:
     result: SearchResult
 
 
+def read_rounds(source: Source) -> Search:
+    """As `read_search`, of a search that has learned something.
+
+    Raises:
+        FileNotFoundError, ValueError: if `source` holds no search, or one without a round.
+    """
+    search = read_search(source)
+    if not search.rounds:
+        raise ValueError("The search has no round of rewards yet, so there is no curve to draw. Train past warm-up.")
+    return search
+
+
 def read_search(source: Source) -> Search:
     """The search that `source` holds.
 
@@ -72,7 +84,7 @@ def read_search(source: Source) -> Search:
         )
     name = state.get("strategy", "AttentionBandit")  # which earlier versions' states do not name
     candidates, scores, skipped = state["candidates"], state["scores"], record.get("skipped_modules")
-    ranking = sorted(range(len(scores)), key=lambda i: (scores[i], i), reverse=True)  # as `Strategy.ranking`
+    ranking = ranking_of(scores)
     rounds = [_round(number, one) for number, one in enumerate(state["rounds"])]
     training = [(int(text.split()[0]), float(text.split()[-1])) for text in state.get("steps", ())]
     losses = [loss for one in rounds for loss in one.losses] + [loss for _, loss in training]
@@ -84,7 +96,7 @@ def read_search(source: Source) -> Search:
     has_costs = "costs" in state
     return Search(
         candidates,
-        against_chosen(dict(zip(candidates, state["costs"])), chosen) if has_costs else scores,
+        list(against_chosen(dict(zip(candidates, state["costs"])), chosen).values()) if has_costs else scores,
         _deviations(strategy, chosen) or state.get("deviations"),
         unit if has_costs else "score",
         ranking,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...strategies import AttentionBandit
 from ..search_result import increase_text, shown
-from .record import Search, Source, read_search
+from .record import Search, Source, read_rounds
 from .style import (
     FAINT,
     FONT_SIZE,
@@ -62,9 +62,7 @@ def plot_search_curve(
     """
     if values not in ("scores", "probabilities"):
         raise ValueError(f"values={values!r} is unknown. Choose 'scores' or 'probabilities'.")
-    search = read_search(source)
-    if not search.rounds:
-        raise ValueError("The search has no round of rewards yet, so there is no curve to draw. Train past warm-up.")
+    search = read_rounds(source)
     if values == "probabilities" and search.bandit is None:
         raise ValueError(
             f"values='probabilities' is for the bandit, and this search was made by {search.result.strategy}, which "
