@@ -45,7 +45,8 @@ def increase_text(increase: float, unit: Unit, deviation: float | None = None) -
     if unit != "log loss":
         return f"{increase:+.3f}" + ("" if spread is None else f" ± {spread:.3f}")
     if ratio >= 2.0:
-        return f"×{_rounded(ratio)}" + ("" if spread is None else f" ± {_rounded(spread / 100.0)}")
+        form = ".1e" if ratio >= 1e5 else ",.0f" if ratio >= 100.0 else ".1f"
+        return f"×{ratio:{form}}" + ("" if spread is None else f" ± {spread / 100.0:{form}}")
     digits = 2 if abs(percent) < 1.0 and (spread is None or spread < 1.0) else 1
     return f"{percent:+.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}") + " %"
 
@@ -53,10 +54,6 @@ def increase_text(increase: float, unit: Unit, deviation: float | None = None) -
 def value_text(value: float, unit: Unit) -> str:
     """A candidate's score or cost, in a table."""
     return f"{value:+.4f}" if unit == "score" else increase_text(value, unit)
-
-
-def _rounded(number: float) -> str:
-    return f"{number:.1e}" if number >= 1e5 else f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
 
 
 @dataclass(frozen=True)
