@@ -23,7 +23,7 @@ from ..architectures import find_mhas
 from ..runtime.checkpoint import CODE_FILE, INSTALL
 from .plots import draw_skip_map
 from .provenance import CARD, hub_id_of, is_same_mha, origin, record_speed, saved_numbers
-from .search_result import COLUMNS, SearchResult, Unit, ranking_of, value_text
+from .search_result import COLUMNS, SearchResult, Unit, value_text
 
 __all__ = ["adapter_card", "origin", "record_speed", "write_adapter_card", "write_merged_card"]
 
@@ -254,15 +254,14 @@ def _search(facts: dict[str, Any], candidates: list[str], skipped: list[str]) ->
     result, scores = SearchResult.of(facts.get("search")), facts.get("scores")
     if result is None or not scores:
         return []
-    searched = [name for name in candidates if name in scores]  # an earlier merge may have deleted others
-    num_skip = sum(name in scores for name in skipped)
-    parts = ["### Search", result.sentence(num_skip, len(searched))]
+    scores = {name: scores[name] for name in candidates if name in scores}  # JSON files have another order
+    parts = ["### Search", result.sentence(scores, skipped)]
     if result.curve is not None:
         parts.append(
             "By the number of attentions skipped, the cheapest first, each with its standard deviation; before the "
             "training that followed the search:"
         )
-        parts.append(_table(*result.table(num_skip, ranking_of([scores[name] for name in searched]))))
+        parts.append(_table(*result.table(scores, skipped)))
     return parts
 
 

@@ -104,45 +104,60 @@ class SearchResult:
         found = next((one for one in self.measured if one["num_skip"] == num_skip), None)
         return None if found is None else (found["increase"], found.get("deviation"))
 
-    def saved(self, ranking: Sequence[int]) -> tuple[str, list[str]] | None:
-        """What the savings are called, and what they come to with the first 0, 1, … of `ranking` skipped."""
+    def saved(self, indices: Sequence[int]) -> tuple[str, list[str]] | None:
+        """What the savings are called, and what they come to with the first 0, 1, … of the candidates skipped."""
         if self.savings is None or self.savings["unit"] not in ("seconds", "bytes"):
             return None
         is_time, total = self.savings["unit"] == "seconds", self.savings["total"]
         left, texts = total, []
-        for index in (None, *ranking):
+        for index in (None, *indices):
             left -= 0.0 if index is None else self.savings["per_candidate"][index]
             share = max(left / total, 0.0)
             fast = f"{1 / share:.2f}×" if share > 1e-6 else ""
             texts.append(fast if is_time else f"{100 * share:.0f} %")
         return "Speed-up" if is_time else "KV cache left", texts
 
-    def sentence(self, num_skip: int, num_candidates: int) -> str:
-        """The strategy and the chosen point."""
-        text = f"The search ({self.strategy}) chose {num_skip} of {num_candidates} candidates to skip."
-        points = {"expected": self.expected(num_skip), "measured": self.measurement(num_skip)}
-        parts = [f"{what} {increase_text(at[0], self.unit, at[1])}" for what, at in points.items() if at is not None]
-        change = f" When it ended, that changed the held-out loss against nothing skipped by: {', '.join(parts)}."
-        return text + change if parts else text
-
     def values(self, scores: dict[str, float], chosen: Collection[str]) -> dict[str, float]:
         """The scores in `unit`: as they are, or the costs that they stand for, against the mean of the chosen."""
         return scores if self.unit == "score" else against_chosen({name: -x for name, x in scores.items()}, chosen)
 
-    def table(self, num_skip: int, ranking: Sequence[int]) -> list[tuple[str, ...]]:
-        """Head and rows of the curve around the choice: number skipped, expected, measured, and what it saves."""
+    def expected_of(self, scores: dict[str, float], chosen: Sequence[str]) -> tuple[float, float] | None:
+        """As `expected`, of the chosen set; None if it is not the cheapest of its size, as where savings differ.
+
+        Args:
+            scores: of all candidates, in the model's order.
+            chosen: names, of which those without a score do not count: an earlier merge may have deleted them.
+        """
+        names, own = list(scores), {name for name in chosen if name in scores}
+        cheapest = ranking_of(list(scores.values()))[: len(own)]
+        return self.expected(len(own)) if {names[i] for i in cheapest} == own else None
+
+    def sentence(self, scores: dict[str, float], chosen: Sequence[str]) -> str:
+        """The strategy and the chosen point, with arguments as of `expected_of`."""
+        num_skip = sum(name in scores for name in chosen)
+        text = f"The search ({self.strategy}) chose {num_skip} of {len(scores)} candidates to skip."
+        points = {"expected": self.expected_of(scores, chosen), "measured": self.measurement(num_skip)}
+        parts = [f"{what} {increase_text(at[0], self.unit, at[1])}" for what, at in points.items() if at is not None]
+        change = f" When it ended, that changed the held-out loss against nothing skipped by: {', '.join(parts)}."
+        return text + change if parts else text
+
+    def table(self, scores: dict[str, float], chosen: Sequence[str]) -> list[tuple[str, ...]]:
+        """Head and rows of the curve around the choice: number skipped, expected, measured, and what it saves; with
+        arguments as of `expected_of`."""
         if self.curve is None:
             return []
-        near = range(num_skip - NEIGHBOURS, num_skip + NEIGHBOURS + 1)
+        own = [i for i, name in enumerate(scores) if name in chosen]
+        ranking, at = ranking_of(list(scores.values())), len(own)
+        near = range(at - NEIGHBOURS, at + NEIGHBOURS + 1)
         numbers = [number for number in self.curve["num_skip"] if number in near or self.measurement(number)]
-        saved = self.saved(ranking)
-        head = ("Skipped", "Change of the loss, expected", "Measured")
+        saved, saved_by_choice = self.saved(ranking), self.saved(own)
         rows = []
         for number in numbers:
-            points = (self.expected(number), self.measurement(number))
-            cells = (
-                f"{number}, the choice" if number == num_skip else str(number),
-                *("" if point is None else increase_text(point[0], self.unit, point[1]) for point in points),
-            )
-            rows.append((*cells, saved[1][number]) if saved else cells)
-        return [(*head, saved[0]) if saved else head, *rows]
+            is_choice = number == at
+            expected = self.expected_of(scores, chosen) if is_choice else self.expected(number)
+            points = (expected, self.measurement(number))
+            cells = ("" if point is None else increase_text(point[0], self.unit, point[1]) for point in points)
+            saving = (saved_by_choice if is_choice else saved)[1][number] if saved else None
+            label = f"{number}, the choice" if is_choice else str(number)
+            rows.append((label, *cells, *([saving] if saved else [])))
+        return [("Skipped", "Change of the loss, expected", "Measured", *(saved[:1] if saved else ())), *rows]

@@ -92,7 +92,9 @@ class Summary:
 
     def __str__(self) -> str:
         unit: Unit = "score" if self.search is None else self.search.unit
-        values, notes = self._values(), self._notes_on_search()
+        scores, skipped = self._scores(), [row.name for row in self.skipped]
+        values = scores if self.search is None else self.search.values(scores, skipped)
+        notes = [self.search.sentence(scores, skipped), COLUMNS[unit][1]] if self.search and scores else []
         head = ("MHA", "state", COLUMNS[unit][0], "parameters", "adapter", "saved parameters", "saved FLOPs/token")
         sums = (
             sum(row.parameters for row in self.rows),
@@ -135,14 +137,5 @@ class Summary:
             ]
         )
 
-    def _values(self) -> dict[str, float]:
-        """Scores, or costs where the search has them."""
-        scores = {row.name: row.score for row in self.rows if row.score is not None}
-        return scores if self.search is None else self.search.values(scores, [row.name for row in self.skipped])
-
-    def _notes_on_search(self) -> list[str]:
-        scored = [row for row in self.rows if row.score is not None]
-        if self.search is None or not scored:
-            return []
-        sentence = self.search.sentence(sum(row.is_skipped for row in scored), len(scored))
-        return [sentence, COLUMNS[self.search.unit][1]]
+    def _scores(self) -> dict[str, float]:
+        return {row.name: row.score for row in self.rows if row.score is not None}

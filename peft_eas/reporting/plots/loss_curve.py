@@ -1,11 +1,10 @@
 """The loss curve: what it costs to skip so many candidates, and what it saves."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..search_result import SearchResult, increase_text, shown
+from ..search_result import SearchResult, increase_text, ranking_of, shown
 from .record import Source, read_rounds
 from .style import FAINT, FONT_SIZE, KEPT, SKIPPED, new_figure, plain, save
 
@@ -29,18 +28,17 @@ def plot_loss_curve(source: Source, path: str | os.PathLike) -> Path:
             round of rewards yet, or one without this curve, as the bandit's.
     """
     search = read_rounds(source)
-    return draw_loss_curve(search.result, len(search.skipped), search.ranking, path, search.is_over)
+    return draw_loss_curve(search.result, search.scores, search.skipped, path, search.is_over)
 
 
 def draw_loss_curve(
     result: SearchResult,
-    num_skip: int,
-    ranking: Sequence[int],
+    scores: dict[str, float],
+    skipped: list[str],
     path: str | os.PathLike,
     is_over: bool = True,
 ) -> Path:
-    """As `plot_loss_curve`, from what it reads out of a search; `ranking` are the candidates' indices, the one to skip
-    first at the front.
+    """As `plot_loss_curve`, from what it reads out of a search; `scores` of all candidates, in the model's order.
 
     Raises:
         ImportError: without matplotlib. ValueError: without a curve.
@@ -52,12 +50,14 @@ def draw_loss_curve(
         )
     figure = new_figure(6.4, 3.9)
     axes = figure.subplots()
-    _draw_curve(axes, result, num_skip)
+    expected = result.expected_of(scores, skipped)
+    choice = "" if expected is None else f": {increase_text(expected[0], result.unit, expected[1])}"
+    _draw_curve(axes, result, len(skipped), f"{len(skipped)} skipped{choice}")
     numbers = result.curve["num_skip"]
     step = -(-max(numbers) // (MOST_TICKS - 1)) or 1
     axes.set_xticks(numbers[::step])
     axes.set_xlabel("attentions skipped", size=FONT_SIZE + 1)
-    saved = result.saved(ranking)
+    saved = result.saved(ranking_of(list(scores.values())))
     if saved is not None:
         what, texts = saved
         top = axes.secondary_xaxis("top")
@@ -69,7 +69,7 @@ def draw_loss_curve(
     return save(figure, path)
 
 
-def _draw_curve(axes: "Axes", result: SearchResult, num_skip: int) -> None:
+def _draw_curve(axes: "Axes", result: SearchResult, num_skip: int, choice: str) -> None:
     unit, curve = result.unit, result.curve
     numbers, increases, deviations = curve["num_skip"], curve["increase"], curve["deviation"]
     lows, highs = (
@@ -79,7 +79,7 @@ def _draw_curve(axes: "Axes", result: SearchResult, num_skip: int) -> None:
     middle = [shown(increase, unit) for increase in increases]
     axes.fill_between(numbers, lows, highs, color=KEPT, alpha=0.18, linewidth=0, label="± standard deviation")
     axes.plot(numbers, middle, color=KEPT, linewidth=1.6, label="expected")
-    axes.axvline(num_skip, color=SKIPPED, linewidth=1.0, linestyle="--", label=_choice(result, num_skip), zorder=0)
+    axes.axvline(num_skip, color=SKIPPED, linewidth=1.0, linestyle="--", label=choice, zorder=0)
     ends = []
     for one in result.measured:
         deviation = one.get("deviation") or 0.0
@@ -98,8 +98,3 @@ def _draw_curve(axes: "Axes", result: SearchResult, num_skip: int) -> None:
     axes.set_ylabel("increase of the loss" + (" in percent" if unit == "log loss" else ""), size=FONT_SIZE + 1)
     axes.legend(loc="upper left", fontsize=FONT_SIZE, frameon=False)
     plain(axes, "left", "bottom")
-
-
-def _choice(result: SearchResult, num_skip: int) -> str:
-    point = result.expected(num_skip)
-    return f"{num_skip} skipped" + ("" if point is None else f": {increase_text(point[0], result.unit, point[1])}")

@@ -40,6 +40,7 @@ class Search:
     """
 
     candidates: list[str]
+    scores: dict[str, float]
     values: list[float]
     deviations: list[float] | None
     unit: Unit
@@ -96,6 +97,7 @@ def read_search(source: Source) -> Search:
     has_costs = "costs" in state
     return Search(
         candidates,
+        dict(zip(candidates, scores)),
         list(against_chosen(dict(zip(candidates, state["costs"])), chosen).values()) if has_costs else scores,
         _deviations(strategy, chosen) or state.get("deviations"),
         unit if has_costs else "score",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...config import EASConfig
 from ..provenance import is_same_mha
-from ..search_result import SearchResult, Unit, ranking_of
+from ..search_result import SearchResult, Unit
 from .loss_curve import draw_loss_curve
 from .skip_map import draw_skip_map
 
@@ -23,8 +23,8 @@ def plot_result(path: Path, folder: Path) -> list[Path]:
     unit: Unit = "score" if result is None else result.unit
     pictures = [draw_skip_map(candidates, skipped, values, folder / "skip_map.png", unit=unit)]
     if result is not None and result.curve is not None:
-        ranking = ranking_of([scores[name] for name in candidates])
-        pictures.append(draw_loss_curve(result, len(skipped), ranking, folder / "loss_curve.png"))
+        in_order = {name: scores[name] for name in candidates}
+        pictures.append(draw_loss_curve(result, in_order, skipped, folder / "loss_curve.png"))
     return pictures
 
 

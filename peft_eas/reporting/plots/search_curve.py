@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,7 +127,7 @@ def _draw_costs(axes: "Axes", search: Search) -> None:
         axes.text(1.02, row, text, transform=beside, va="center", size=FONT_SIZE - 1, color=colour)
     axes.axvline(0.0, color="black", linewidth=0.8, zorder=0)
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.5)
-    axes.set_xlabel(VALUE_LABELS[unit], size=FONT_SIZE + 1)
+    axes.set_xlabel(VALUE_LABELS[unit] + ("" if unit == "score" else "; ± standard deviation"), size=FONT_SIZE + 1)
     plain(axes, "bottom")
 
 
@@ -189,13 +190,15 @@ def _draw_losses(axes: "Axes", search: Search) -> None:
     """The losses of the sets tried, by how much of the chosen set they held, and of the training steps."""
     is_exp = search.bandit is not None and search.bandit.reward == "exp"
     chosen = {search.candidates.index(name) for name in search.skipped}
-    tried, nothing, means = [], [], []
+    tried, nothing, by_step = [], [], defaultdict(list)
     for one in search.rounds:
         losses = [math.exp(-loss) if is_exp else loss for loss in one.losses]
         points = [(one.step, loss, _share(names, chosen)) for names, loss in zip(one.sets, losses) if names]
         nothing += [(one.step, loss) for names, loss in zip(one.sets, losses) if not names]
         tried += points
-        means += [(one.step, mean([loss for _, loss, _ in points]))] if points else []
+        for step, loss, _ in points:
+            by_step[step].append(loss)
+    means = [(step, mean(losses)) for step, losses in by_step.items()]
     _draw_points(axes, search.training, ".", "a training step", color=FAINT, alpha=0.5, zorder=1, markeredgewidth=0)
     _draw_points(axes, means, "-", "mean of a round", color=MEAN, linewidth=1.2, zorder=2)
     _draw_points(axes, nothing, "D", "nothing skipped", color=KEPT, markersize=3, zorder=2)
