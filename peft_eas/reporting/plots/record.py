@@ -92,7 +92,7 @@ def read_search(source: Source) -> Search:
     unit: Unit = "log loss" if all(loss > 0.0 for loss in losses) else "loss"  # as in `ThompsonSampling`
     own = {cls.__name__: cls for cls in STRATEGIES.values()}.get(name)
     strategy = None if own is None else own.from_state_dict(state)
-    best = [candidates[i] for i in sorted(ranking[: state["num_skip"]])] if strategy is None else strategy.best()
+    best = [candidates[i] for i in sorted(ranking[: state["num_skip"] or 0])] if strategy is None else strategy.best()
     chosen = best if skipped is None else skipped
     has_costs = "costs" in state
     return Search(
