@@ -187,6 +187,41 @@ def test_skip_map(kind, saved):
     assert (saved.folder / kind / PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_search_found(tmp_path):
+    model = make_eas("llama", "cpu", SKIPS["half"], "running")
+    config, names = model.peft_config["default"], mha_names("llama")
+    config.scores = dict(zip(names, (-0.03, -3.0, -0.01, -0.2)))
+    curve = {"num_skip": [0, 1, 2, 3, 4], "increase": [0.0, 0.01, 0.04, 0.24, 3.24], "deviation": [0.001] * 5}
+    measured = [{"num_skip": 2, "increase": 0.05, "deviation": 0.002}]
+    savings = {"unit": "bytes", "total": 4.0, "per_candidate": [1.0] * 4}
+    config.search = {"strategy": "ThompsonSampling", "curve": curve, "measured": measured, "savings": savings}
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for kind in KINDS:
+        text = ModelCard.load(tmp_path / kind / "README.md").text
+        assert "The search (ThompsonSampling) chose 2 of 4 candidates to skip." in text
+        assert "nothing skipped by: expected +4.1 ± 0.1 %, measured +5.1 ± 0.2 %." in text
+        assert "| Skipped | Change of the loss, expected | Measured | KV cache left |" in text
+        assert "| 2, the choice | +4.1 ± 0.1 % | +5.1 ± 0.2 % | 50 % |" in text
+        assert "| 4 | ×25.5 ± 0.0 |  | 0 % |" in text
+        assert "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones." in text
+        # The mean cost of the first and the third is 0.02.
+        assert f"| `{names[0]}` | skipped | +1.0 % |" in text
+        assert f"| `{names[1]}` | kept | ×19.7 |" in text
+
+
+def test_a_search_by_the_bandit_names_it_and_keeps_its_scores(tmp_path):
+    model = make_eas("llama", "cpu", SKIPS["half"], "running")
+    config, names = model.peft_config["default"], mha_names("llama")
+    config.scores = dict(zip(names, (0.5, -0.25, 0.125, 0.0)))
+    config.search = {"strategy": "AttentionBandit", "curve": None, "measured": []}
+    model.save_pretrained(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "The search (AttentionBandit) chose 2 of 4 candidates to skip.\n" in text
+    assert "| Skipped |" not in text
+    assert f"| `{names[0]}` | skipped | +0.5000 |" in text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_private_is_in_it(kind, saved):
     content = saved.card(kind).content

@@ -24,6 +24,7 @@ from peft_eas import EASCallback, EASConfig, eas_summary
 from peft_eas.cli import main
 
 ROOT = Path(__file__).parents[1]
+OLD_SEARCH = Path(__file__).parent / "old_artefacts" / "eas_search.json"
 AUTO = {
     "llama": "AutoModelForCausalLM",
     "bert": "AutoModelForSequenceClassification",
@@ -281,19 +282,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("source", [".", "eas_search.json", "checkpoint-20"])
-def test_plot_draws_map_and_curve(run, source, tmp_path, capsys):
+def test_plot_draws_every_picture_that_there_is(run, source, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert main(["plot", str(run / source), "--output-dir", str(tmp_path), "--values", "probabilities"]) == 0
-    pictures = [tmp_path / "skip_map.png", tmp_path / "search_curve.png"]
+    assert main(["plot", str(run / source), "--output-dir", str(tmp_path)]) == 0
+    pictures = [tmp_path / name for name in pictures_of(run)]
     assert capsys.readouterr().out.splitlines() == list(map(str, pictures))
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def pictures_of(run: Path) -> list[str]:
+    has_curve = json.loads((run / "eas_search.json").read_text()).get("curve") is not None
+    return ["skip_map.png", "search_curve.png", *(["loss_curve.png"] if has_curve else [])]
+
+
+def test_plot_draws_a_curve_and_the_bandits_probabilities(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    record = json.loads((run / "eas_search.json").read_text())
+    flat = {"num_skip": [0, 1, 2, 3, 4], "increase": [0.0, 0.1, 0.2, 0.3, 0.4], "deviation": [0.1] * 5}
+    (tmp_path / "eas_search.json").write_text(json.dumps({**record, "curve": flat, "measured": []}))
+    assert main(["plot", str(tmp_path)]) == 0
+    names = ["skip_map.png", "search_curve.png", "loss_curve.png"]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
+    assert main(["plot", str(run), "--output-dir", str(tmp_path), "--values", "probabilities"]) == 1
+    assert "values='probabilities' is for the bandit" in sentence(capsys)
+    shutil.copy(OLD_SEARCH, tmp_path / "eas_search.json")
+    assert main(["plot", str(tmp_path), "--values", "probabilities"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names[:2]]
 
 
 def test_plot_writes_beside_what_it_reads(run, tmp_path):
     pytest.importorskip("matplotlib")
     shutil.copy(run / "eas_search.json", tmp_path)
     assert main(["plot", str(tmp_path / "eas_search.json")]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"eas_search.json", "skip_map.png", "search_curve.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"eas_search.json", *pictures_of(run)}
 
 
 @pytest.mark.parametrize("kind", ["adapter", "out"])
@@ -302,10 +323,31 @@ def test_plot_of_an_adapter_or_a_merged_model_gives_the_map(llama, kind, monkeyp
     llama.merge()
     capsys.readouterr()
     seen = []
-    monkeypatch.setattr("peft_eas.cli.draw_skip_map", lambda *arguments: seen.append(arguments) or arguments[-1])
+    draw = "peft_eas.reporting.plots.result.draw_skip_map"
+    monkeypatch.setattr(draw, lambda *arguments, unit: seen.append((*arguments, unit)) or arguments[-1])
     assert main(["plot", str(getattr(llama, kind)), "--output-dir", str(tmp_path)]) == 0
     names = mha_names("llama")
-    assert seen == [(names, [names[1], names[3]], SCORES, tmp_path / "skip_map.png")]
+    assert seen == [(names, [names[1], names[3]], SCORES, tmp_path / "skip_map.png", "score")]
+    assert "No search curve" in capsys.readouterr().err
+
+
+def test_plot_of_a_merged_model_gives_what_was_found(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    names = [f"model.layers.{i}.self_attn" for i in range(12)]
+    curve = {"num_skip": [0, 1, 2], "increase": [0.0, 0.1, 0.2], "deviation": [0.1] * 3}
+    origin = {"candidates": names, "scores": {name: -0.5 * i for i, name in enumerate(names)}}
+    origin["search"] = {"strategy": "ThompsonSampling", "curve": curve}
+    # As transformers writes it: in the order of the alphabet.
+    text = json.dumps({"eas": {"skipped": names[:2], "origin": origin}}, sort_keys=True)
+    (tmp_path / "config.json").write_text(text)
+    seen = []
+    draw = "peft_eas.reporting.plots.result.draw_skip_map"
+    monkeypatch.setattr(draw, lambda *arguments, unit: seen.append((*arguments, unit)) or arguments[-1])
+    assert main(["plot", str(tmp_path)]) == 0
+    candidates, skipped, costs, _, unit = seen[0]
+    assert (candidates, skipped, unit) == (names, names[:2], "log loss")
+    assert [costs[name] for name in names[:3]] == pytest.approx([-0.25, 0.25, 0.75])
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "No search curve" in capsys.readouterr().err
 
 
