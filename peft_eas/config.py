@@ -86,7 +86,7 @@ class EASConfig(PeftConfig):
     num_skip: int | None = field(
         default=None,
         metadata={
-            "help": "How many MHAs the search (EASCallback) skips: from 0 to the number of targets, without those "
+            "help": "How many MHAs the search of EASCallback skips: from 0 to the number of targets, without those "
             "that `kept_modules` names. Default: as many as `skipped_modules` names; without that, none, and nothing "
             "is searched."
         },
@@ -94,7 +94,7 @@ class EASConfig(PeftConfig):
     max_loss_increase: float | None = field(
         default=None,
         metadata={
-            "help": "In place of `num_skip`: the search (EASCallback) skips as many MHAs as raise the loss on the "
+            "help": "In place of `num_skip`: the search of EASCallback skips as many MHAs as raise the loss on the "
             "reward set by at most this share of it, such as 0.02, against nothing skipped."
         },
     )

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_eas import EASCallback, EASConfig
 from peft_eas.search.check import NUM_BATCHES
 from peft_eas.search.loop import HINT_BATCHES
+from peft_eas.strategies import restored
 
 # --- the course of a run -------------------------------------------------------------------------------------------
 
@@ -200,9 +201,8 @@ def test_evaluation_and_checkpoints_see_the_best_set(tmp_path):
     for step in range(1, 13):
         folder = tmp_path / f"checkpoint-{step}"
         state = json.loads((folder / "trainer_state.json").read_text())
-        bandit = state["stateful_callbacks"]["EASCallback"]["record"]["strategy"]
-        ranked = sorted(range(LAYERS), key=lambda i: (bandit["scores"][i], i))[-2:]
-        assert watcher.at_save[step - 1] == tuple(NAMES[i] for i in sorted(ranked))
+        strategy = restored(state["stateful_callbacks"]["EASCallback"]["record"]["strategy"])
+        assert watcher.at_save[step - 1] == tuple(strategy.best())
     # One batch holds the whole eval set: before the first round, each evaluation is one forward pass.
     assert watcher.in_evaluation[:5] == watcher.at_save[:5]
     assert watcher.in_evaluation[-1] == watcher.at_save[-1]

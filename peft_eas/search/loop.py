@@ -92,8 +92,8 @@ class EASSearch:
         search_steps: the step at which the search ends.
         warmup_steps: the step at which rewards, and the annealing of the context, begin; before `search_steps`.
         interval: optimizer steps from one round of rewards to the next. A run has (search_steps − warmup_steps) /
-            interval rounds. Default: as many as make four sets for each candidate, and one round in every 32 steps at
-            least.
+            interval rounds. Default: 32, or as many as make four sets for each candidate, and in long searches one
+            round every 32 steps.
         num_candidates: sets compared per round.
         score_lr: of the bandit: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
         score_temperature: of the bandit: temperature κ of the scores.

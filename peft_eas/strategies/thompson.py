@@ -59,6 +59,7 @@ class ThompsonSampling(Strategy):
         self._steps: list[tuple[int, list[int], float]] = []
         self._all_sets = all_sets(len(self.candidates))
         self._level = 0.0
+        self._width = 1.0
         num_features = len(self._features([]))
         self._take(regression.prior(num_features, self._standard_hint))
 
@@ -68,9 +69,8 @@ class ThompsonSampling(Strategy):
         return self.goal.kind == "cost"
 
     def sample_sets(self, num: int, k: int | None = None) -> list[list[str]]:
-        if not self.compares_with_nothing:
-            return super().sample_sets(num, k)
-        return [[], *(names for names in super().sample_sets(num - 1, k) if names)]
+        first = [[]] if self.compares_with_nothing else []
+        return first + [names for names in super().sample_sets(num - len(first), k) if names]
 
     def best(self, k: int | None = None) -> list[str]:
         return self._names(self._chosen if k is None else self._cheapest(self._posterior.mean, k))
@@ -192,8 +192,12 @@ class ThompsonSampling(Strategy):
         return strategy
 
     def _draw(self, k: int | None) -> list[int]:
-        costs = self._posterior.mean + self._posterior.root @ self._normal(len(self._posterior.mean))
+        costs = self._posterior.mean + self._width * self._posterior.root @ self._normal(len(self._posterior.mean))
         return self._cheapest(costs, k)
+
+    def _widen(self, end: bool = False) -> None:
+        # A round of fewer sets would tell less: the next draws are taken from a wider distribution.
+        self._width = 1.0 if end else 1.1 * self._width
 
     def _cheapest(self, costs: np.ndarray, k: int | None = None) -> list[int]:
         """The best set for given costs of the features, of k candidates or by the goal."""
