@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..strategies.bandit import AttentionBandit
+from ..strategies import AttentionBandit, restored
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,7 +241,7 @@ def _read(source: Source) -> tuple[AttentionBandit, list[str], bool]:
             "with EASCallback that searched (not one with skipped_modules given), its eas_search.json, or a "
             "checkpoint's trainer_state.json."
         )
-    bandit = AttentionBandit.from_state_dict(record["bandit"])
+    bandit = restored(record["bandit"])
     skipped = record.get("skipped_modules")
     return bandit, bandit.best() if skipped is None else skipped, skipped is not None
 

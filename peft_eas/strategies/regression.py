@@ -1,0 +1,136 @@
+"""A Bayesian linear regression of log losses on what was skipped; plain numbers, no tensors of a model.
+
+Source: Student-t noise and coefficients as scale mixtures of normals, fitted by expectation maximisation: Lange,
+Little and Taylor, "Robust Statistical Modeling Using the t Distribution" (JASA, 1989).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+# Degrees of freedom of the Student-t distributions. Few: one catastrophic set, or one vital attention, must not set
+# the scale for all others.
+NOISE_FREEDOM, COST_FREEDOM = 10.0, 3.0
+ITERATIONS = 12
+# What a set tells of the costs around the best set fades with the number of candidates in which the two differ,
+# because costs do not quite add up: its noise variance grows by this share of it for each.
+FADING = 0.3
+
+
+class Observations(NamedTuple):
+    """N losses. Losses of one group were taken on one batch, or close in time; a kind has a noise of its own.
+
+    `skipped` is (N, n), 1.0 where a candidate was skipped; `values` (N,) are log losses; `group` and `kind` (N,) count
+    from 0 without gaps, and a group is of one kind.
+    """
+
+    skipped: np.ndarray
+    values: np.ndarray
+    group: np.ndarray
+    kind: np.ndarray
+
+
+class Posterior(NamedTuple):
+    """Costs ~ N(mean, root rootᵀ) of shape (n,); and by kind of observation the level (what a set costs beyond the
+    sum of its costs) and the standard deviation of the noise."""
+
+    mean: np.ndarray
+    root: np.ndarray
+    level: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def deviation(self) -> np.ndarray:
+        """Standard deviation of each cost."""
+        return np.sqrt((self.root**2).sum(1))
+
+
+def prior(num: int) -> Posterior:
+    """What is known before the first loss: nothing."""
+    return Posterior(np.zeros(num), np.eye(num), np.zeros(0), np.zeros(0))
+
+
+def fit(data: Observations, num_skip: int, hint: np.ndarray | None = None) -> Posterior:
+    """The posterior of the costs w in
+
+        value = level of its kind + effect of its group + sum of w over the skipped + noise.
+
+    Args:
+        data: at least one loss.
+        num_skip: size of the sets that matter in the end.
+        hint: (n,) what is expected of the costs beforehand, but for its scale, which is learned; its mean is 0.
+    """
+    num = data.skipped.shape[1]
+    kinds, groups = data.kind.max() + 1, data.group.max() + 1
+    kind_of_group = np.zeros(groups, int)
+    kind_of_group[data.group] = data.kind
+    columns = [data.skipped, np.eye(kinds)[data.kind]]
+    if hint is not None:
+        columns.append(data.skipped @ hint[:, None])
+    design = np.concatenate(columns, 1)
+    values = data.values - np.median(data.values)
+
+    # Scales to start from, and to hold on to where the data are few.
+    typical = _typical_spread(data, values)
+    start = typical**2 * num / max(1, num_skip * (num - num_skip))
+    cost_scale, cost_variance = start, np.full(num, start)
+    noise, between = np.full(kinds, (0.3 * typical) ** 2), np.full(kinds, typical**2)
+    weight, nearness = np.ones(len(values)), np.ones(len(values))
+    of_kind = np.bincount(data.kind, minlength=kinds), np.bincount(kind_of_group, minlength=kinds)
+    fixed_precision = np.concatenate([np.full(kinds, 1e-4 / start), *([[1.0 / start]] if hint is not None else [])])
+    to_costs = np.zeros((num, design.shape[1]))
+    to_costs[:, :num] = np.eye(num)
+    if hint is not None:
+        to_costs[:, -1] = hint
+
+    for iteration in range(ITERATIONS):
+        precision = weight * nearness / noise[data.kind]
+        weighted = design * precision[:, None]
+        # Each group's effect is integrated out.
+        total = np.bincount(data.group, precision, groups)
+        effect_variance = 1.0 / (1.0 / between[kind_of_group] + total)
+        by_group = np.zeros((groups, design.shape[1]))
+        np.add.at(by_group, data.group, weighted)
+        scaled = by_group * effect_variance[:, None]
+        information = weighted.T @ design - scaled.T @ by_group
+        known = np.concatenate([1.0 / cost_variance, fixed_precision])
+        information[np.diag_indices_from(information)] += known
+        covariance = np.linalg.inv(information)
+        covariance = (covariance + covariance.T) / 2.0
+        mean = covariance @ (weighted.T @ values - scaled.T @ np.bincount(data.group, precision * values, groups))
+
+        residual = values - design @ mean
+        effect = effect_variance * np.bincount(data.group, precision * residual, groups)
+        squares = (residual - effect[data.group]) ** 2
+        weight = (NOISE_FREEDOM + 1.0) / (NOISE_FREEDOM + squares / noise[data.kind])
+        spent = (design.shape[1] - (known * np.diag(covariance)).sum()) / len(values)
+        spent_on_groups = np.bincount(kind_of_group, total * effect_variance, kinds)
+        free = np.maximum(1.0, of_kind[0] * (1.0 - spent) - spent_on_groups)
+        noise = 2 * (0.1 * typical) ** 2 + np.bincount(data.kind, weight * nearness * squares, kinds)
+        noise /= 2 + free
+        between = 2 * (0.3 * typical) ** 2 + np.bincount(kind_of_group, effect**2 + effect_variance, kinds)
+        between /= 2 + of_kind[1]
+        costs_squared = (mean**2 + np.diag(covariance))[:num]
+        cost_precision = (COST_FREEDOM + 1.0) / (COST_FREEDOM * cost_scale + costs_squared)
+        cost_variance = 1.0 / cost_precision
+        cost_scale = (num + 2) / (cost_precision.sum() + 2 / start)
+        if iteration >= 2:
+            best = np.zeros(num)
+            best[np.argsort(to_costs @ mean, kind="stable")[:num_skip]] = 1.0
+            nearness = 1.0 / (1.0 + FADING * np.abs(data.skipped - best).sum(1))
+
+    variance = to_costs @ covariance @ to_costs.T
+    root = np.linalg.cholesky(variance + 1e-9 * np.trace(variance) / num * np.eye(num))
+    level = mean[num : num + kinds] + np.median(data.values)
+    return Posterior(to_costs @ mean, root, level, np.sqrt(noise))
+
+
+def _typical_spread(data: Observations, values: np.ndarray) -> float:
+    """A robust standard deviation of the values within their groups."""
+    sizes = np.bincount(data.group)
+    within = values - (np.bincount(data.group, values) / sizes)[data.group]
+    within = within[sizes[data.group] > 1]
+    if len(within) == 0:
+        return 1.0
+    # 1.48 times the median is the standard deviation of normal values.
+    return max(1.4826 * float(np.median(np.abs(within))), 0.3 * float(within.std()), 1e-9)
