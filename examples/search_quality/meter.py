@@ -37,7 +37,7 @@ def load_tuned(folder: Path) -> PreTrainedModel:
     return MeterForVisualQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def meter(output_dir: Path) -> Problem:
+def problem(output_dir: Path) -> Problem:
     """The problem. Searches see the questions that the task holds back for it; the scores are of test questions."""
     task = meter_vqa()
     batches = [

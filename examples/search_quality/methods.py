@@ -5,14 +5,15 @@ evaluations it has made and its choice so far. One run thus gives the choices at
 of one set on one batch, whether another method has asked for it before or not.
 """
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import peft_eas
 from examples.search_quality.problem import Problem, Set
+from peft_eas.strategies import AttentionBandit, ThompsonSampling
 
 SETS_PER_ROUND = 3  # as `EASSearch` compares by default
 OFFSPRING, SURVIVORS = 6, 2
@@ -25,7 +26,7 @@ Method = Callable[[Problem, int, int], Choices]
 
 def with_strategy(make: Callable[..., Any], problem: Problem, k: int, seed: int) -> Choices:
     """Rounds of a strategy of peft_eas: `SETS_PER_ROUND` sets of its own choice are compared on one batch."""
-    strategy = make(problem.candidates, k, seed=seed)
+    strategy = make(problem, k, seed)
     index = {name: number for number, name in enumerate(problem.candidates)}
     spent = 0
     for step, batch in enumerate(_endless_batches(problem, seed)):
@@ -33,6 +34,22 @@ def with_strategy(make: Callable[..., Any], problem: Problem, k: int, seed: int)
         strategy.update(sets, [problem.loss(_set(map(index.get, names)), batch) for names in sets], step=step)
         spent += len(sets)
         yield spent, _set(map(index.get, strategy.best()))
+
+
+def thompson(problem: Problem, k: int, seed: int) -> Any:
+    """Thompson sampling, which expects nothing."""
+    return ThompsonSampling(problem.candidates, k, seed)
+
+
+def thompson_with_hint(problem: Problem, k: int, seed: int) -> Any:
+    """Thompson sampling that is told the cosine similarities."""
+    hint = {name: math.log(1.0 - value) for name, value in zip(problem.candidates, problem.similarities)}
+    return ThompsonSampling(problem.candidates, k, seed, hint)
+
+
+def bandit(reward: Any, problem: Problem, k: int, seed: int) -> Any:
+    """The paper's bandit."""
+    return AttentionBandit(problem.candidates, k, reward=reward, seed=seed)
 
 
 def cosine(problem: Problem, k: int, seed: int) -> Choices:
@@ -113,9 +130,10 @@ def _set(indices: Any) -> Set:
 
 
 METHODS: dict[str, Method] = {
-    "thompson": partial(with_strategy, lambda *args, **kwargs: peft_eas.ThompsonSampling(*args, **kwargs)),
-    "bandit": partial(with_strategy, peft_eas.AttentionBandit),
-    "bandit, exp": partial(with_strategy, partial(peft_eas.AttentionBandit, reward="exp")),
+    "thompson": partial(with_strategy, thompson),
+    "thompson, hint": partial(with_strategy, thompson_with_hint),
+    "bandit": partial(with_strategy, partial(bandit, "relative")),
+    "bandit, exp": partial(with_strategy, partial(bandit, "exp")),
     "single drops": single_drops,
     "evolution": evolution,
     "cosine": cosine,

@@ -58,12 +58,12 @@ def load_queries(folder: Path) -> Queries:
     random.Random(0).shuffle(rows)
     intents = sorted({intent for _, intent in rows})
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    ends = [NUM_TRAIN, NUM_TRAIN + BATCH * NUM_SEARCH, NUM_TRAIN + BATCH * (NUM_SEARCH + NUM_HELD_OUT)]
     samples = [
         {**tokenizer(text, truncation=True, max_length=MAX_TOKENS), "labels": intents.index(intent)}
-        for text, intent in rows[: ends[-1]]
+        for text, intent in rows
     ]
-    return Queries(tokenizer, *(samples[start:end] for start, end in zip([0, *ends], ends)))
+    search_end = NUM_TRAIN + BATCH * NUM_SEARCH
+    return Queries(tokenizer, samples[:NUM_TRAIN], samples[NUM_TRAIN:search_end], samples[search_end:])
 
 
 def load_base(queries: Queries, folder: Path) -> PreTrainedModel:
@@ -96,10 +96,10 @@ def _train_head(queries: Queries) -> PreTrainedModel:
     return model
 
 
-def minilm(data: Path, output_dir: Path) -> Problem:
+def problem(data: Path, output_dir: Path) -> Problem:
     """The problem; nothing is tuned with an attention skipped."""
     queries = load_queries(data)
-    samples = queries.search + queries.held_out
+    samples = queries.search + queries.held_out[: BATCH * NUM_HELD_OUT]
     batches = [queries.collate(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
     config = EASConfig(num_skip=1, r=1, groups=1, paths=1, attention_r=0, context="none")
     model = get_peft_model(load_base(queries, output_dir / "minilm"), config).eval()

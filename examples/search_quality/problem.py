@@ -59,7 +59,7 @@ class Problem:
         """The loss with `skipped` skipped on a batch."""
         key = (mask_of(skipped), batch)
         if key not in self._losses:
-            self._losses[key] = self._measure(skipped, batch)
+            self._losses[key] = round(self._measure(skipped, batch), 6)
             append_line(self._file, [*key, self._losses[key]])
         return self._losses[key]
 

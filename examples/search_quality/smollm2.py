@@ -31,7 +31,7 @@ def read_text(folder: Path) -> str:
     return "\n\n".join(dict.fromkeys(text.strip() for text in texts))[:MAX_CHARACTERS]
 
 
-def smollm2(data: Path, output_dir: Path) -> Problem:
+def problem(data: Path, output_dir: Path) -> Problem:
     """The problem; a skipped attention is dropped, because an untrained adapter passes on what it gets."""
     base, tokenizer = load_smollm2()
     ids = torch.tensor(tokenizer(read_text(data)).input_ids)
