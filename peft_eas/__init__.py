@@ -15,7 +15,7 @@ from .runtime.checkpoint import AFTER_SAVE
 from .search.loop import EASSearch
 from .search.similarity import attention_similarities
 from .search.skippable import Skippable
-from .strategies.bandit import AttentionBandit
+from .strategies import AttentionBandit, Strategy, ThompsonSampling
 from .version import __version__
 
 if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:  # harmless when the package is imported again
@@ -34,6 +34,8 @@ __all__ = [
     "InputAdapter",
     "PropagationAdapter",
     "Skippable",
+    "Strategy",
+    "ThompsonSampling",
     "__version__",
     "attention_similarities",
     "eas_summary",

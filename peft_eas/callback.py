@@ -15,9 +15,10 @@ from .injection.checks import first_layer_note
 from .model import EASModel
 from .search.loop import EASSearch
 from .search.rewards import RewardSet, choose_reward_set, hold_back
-from .search.schedule import SETTINGS, FreezeAt, check_settings
+from .search.schedule import SETTINGS, FreezeAt, StrategyName, check_settings
 from .search.skippable import eas_of, needs_search
 from .search.trainer import (
+    TrainingLosses,
     calling_trainer,
     check_context_of_batches,
     check_generation,
@@ -26,6 +27,7 @@ from .search.trainer import (
     move_to_front,
     saved_search,
 )
+from .strategies import Strategy
 from .strategies.bandit import Reward
 from .values import is_int, python_number
 
@@ -54,8 +56,8 @@ class EASCallback(TrainerCallback, ExportableState):
     `state.log_history` alone. The finished search is written to `eas_search.json` in `output_dir`.
 
     Args:
-        reward, search_steps, warmup_steps, interval, num_candidates, score_lr, score_temperature, freeze_context_at:
-            as in `EASSearch`.
+        strategy, reward, search_steps, warmup_steps, interval, num_candidates, score_lr, score_temperature,
+            freeze_context_at: as in `EASSearch`.
         reward_dataset: what rewards are computed on, in batches of `per_device_eval_batch_size`. Default: the
             Trainer's eval set (the first, if there are several). The search then chooses what does well on that set,
             so its figures come out slightly too good. Without an eval set, 5 % of the training set, at most 512
@@ -73,14 +75,16 @@ class EASCallback(TrainerCallback, ExportableState):
         reward: Reward = "relative",
         search_steps: int | float = 0.3,
         warmup_steps: int | float = 0.1,
-        interval: int = 10,
+        interval: int | None = None,
         num_candidates: int = 3,
         score_lr: float = 2.0,
         score_temperature: float = 10.0,
         reward_dataset: Any = None,
         freeze_context_at: FreezeAt = "search_end",
         seed: int | None = None,
+        strategy: StrategyName | type[Strategy] = "thompson",
     ) -> None:
+        self.strategy = strategy
         self.reward: Reward = reward
         self.search_steps = python_number(search_steps)
         self.warmup_steps = python_number(warmup_steps)
@@ -97,6 +101,7 @@ class EASCallback(TrainerCallback, ExportableState):
         self._reward_set: RewardSet | None = None
         self._reward_source: str | None = None
         self._shown_phase: str | None = None
+        self._losses: TrainingLosses | None = None
         self._run: tuple[TrainingArguments, TrainerState] | None = None
 
     def _check_arguments(self) -> None:
@@ -115,17 +120,19 @@ class EASCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps; see `transformers.trainer_callback.ExportableState`."""
         names = [name for name in inspect.signature(EASCallback).parameters if name != "reward_dataset"]
         arguments = {name: getattr(self, name) for name in names}
+        if isinstance(self.strategy, type):
+            arguments["strategy"] = self.strategy.__name__
         state = {} if self._search is None else self._search.state_dict()
-        course = {name: value for name, value in state.items() if name not in ("step", "bandit", "skipped_modules")}
+        course = {name: value for name, value in state.items() if name not in ("step", "strategy", "skipped_modules")}
         return {"args": arguments, "attributes": {}, "record": self.record, "course": course}
 
     @property
     def record(self) -> dict[str, Any] | None:
         """The search so far as values for JSON, which `peft_eas.plots` draws; None in a run without a search."""
-        if self._search is None or self._search.bandit is None:
+        if self._search is None or self._search.strategy is None:
             return None
         state = self._search.state_dict()
-        names = ("bandit", "skipped_modules")
+        names = ("strategy", "skipped_modules")
         return {**{name: state[name] for name in names}, "reward_source": self._reward_source}
 
     def finish(self) -> None:
@@ -142,6 +149,7 @@ class EASCallback(TrainerCallback, ExportableState):
         args, state = self._run
         was_searching = self._search.is_searching
         self._search.finish()
+        self._losses.stop()
         if was_searching:
             forget_best_checkpoint(state)
             self._write_record(args, state)
@@ -204,6 +212,9 @@ class EASCallback(TrainerCallback, ExportableState):
                 )
             self._reward_source = self._reward_set.source
         self._search, self._run = search, (args, state)
+        if self._losses is not None:  # of a run that was interrupted
+            self._losses.stop()
+        self._losses = TrainingLosses(trainer)
         if isinstance(eas, EASModel):
             _check_learning_rate(trainer)
 
@@ -220,7 +231,9 @@ class EASCallback(TrainerCallback, ExportableState):
         """Computes rewards, ends the search, freezes the context, each when its time has come."""
         was_searching, phase = self._search.is_searching, self._search.phase
         self._search.step = state.global_step - 1  # Trainer's count, should a subclass leave steps out
-        self._search.after_step()
+        self._search.after_step(self._losses.take())
+        if not self._search.is_searching:
+            self._losses.stop()
         if self._search.phase != phase and not self._search.is_searching:
             forget_best_checkpoint(state)
         if was_searching and not self._search.is_searching:

@@ -132,11 +132,12 @@ def run_by_hand(folder: Path, batch_size: int, resume_from: int | None = None) -
         with accelerator.accumulate(model):
             search.before_step()
             record.note_micro_batch()
-            accelerator.backward(model(**batch).loss)
+            loss = model(**batch).loss
+            accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            search.after_step()
+            search.after_step(loss)
             record.note_step()
             if search.step in (8, 14) and resume_from is None:
                 accelerator.save_state(str(folder / str(search.step)))
@@ -168,10 +169,11 @@ def run_sharded(folder: Path, batch_size: int, resume_from: int | None = None) -
     for batch in batches[search.step :]:
         search.before_step()
         record.note_micro_batch()
-        model(**batch).loss.backward()
+        loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        search.after_step()
+        search.after_step(loss)
         record.note_step()
         if search.step in (8, 14, 18) and resume_from is None and is_distributed:
             state = {

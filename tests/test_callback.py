@@ -38,10 +38,10 @@ def test_rounds_compare_distinct_sets_at_their_steps(tmp_path):
     watcher = Watcher()
     make_trainer(tmp_path, EASCallback(**SCHEDULE), watcher=watcher).train()
     record = json.loads((tmp_path / "eas_search.json").read_text())
-    assert [entry["step"] for entry in record["bandit"]["rounds"]] == [6, 8, 10, 12]
-    assert all(len(set(entry["sets"])) == 3 for entry in record["bandit"]["rounds"])
+    assert [entry["step"] for entry in record["strategy"]["rounds"]] == [6, 8, 10, 12]
+    assert all(len(set(entry["sets"])) == 3 for entry in record["strategy"]["rounds"])
     # No other evaluation ran: the model has seen exactly the sets of the rounds.
-    drawn = [text for entry in record["bandit"]["rounds"] for text in entry["sets"]]
+    drawn = [text for entry in record["strategy"]["rounds"] for text in entry["sets"]]
     assert watcher.in_evaluation == [tuple(NAMES[int(index)] for index in text.split()) for text in drawn]
 
 
@@ -56,12 +56,12 @@ def test_the_log_of_training_holds_the_search(tmp_path):
     trainer.callback_handler.callbacks.insert(0, Report())  # where report_to puts its tools
     trainer.train()
     log = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
-    assert log[1]["eas/entropy"] == pytest.approx(torch.tensor(float(LAYERS)).log().item())
-    assert "eas/loss" not in log[1]
+    assert not {"eas/loss", "eas/expected_gain"} & set(log[1])
+    assert log[12]["eas/expected_gain"] > 0.0
     assert log[12]["eas/reward"] == pytest.approx(torch.tensor(-log[12]["eas/loss"]).exp().item(), rel=0.2)
     assert log[12]["eas/best"] == ", ".join(trainer.model.base_model.skipped_modules)
     reported = [entry for entry in given if "loss" in entry]
-    assert all("eas/entropy" in entry and "eas/best" not in entry for entry in reported[:12])
+    assert all("eas/expected_gain" in entry and "eas/best" not in entry for entry in reported[5:12])
     # Once the search is over, only the phase can change.
     assert all({name for name in log[step] if "eas/" in name} == {"eas/phase"} for step in range(13, 21))
     assert not any("eas/" in name for entry in reported[12:] for name in entry)
@@ -102,7 +102,7 @@ def test_fractions_and_epochs(tmp_path):
     phases = [log[step]["eas/phase"] for step in range(1, 33)]
     assert phases == ["warm-up"] * 7 + ["search"] * 8 + ["tune"] * 8 + ["frozen"] * 9
     record = json.loads((tmp_path / "eas_search.json").read_text())
-    assert [entry["step"] for entry in record["bandit"]["rounds"]] == [12, 16]
+    assert [entry["step"] for entry in record["strategy"]["rounds"]] == [12, 16]
 
 
 def test_an_ordinary_run_works_with_the_defaults(tmp_path):
@@ -118,7 +118,7 @@ def test_the_adapter_keeps_the_scores(tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path))
     scores = EASConfig.from_pretrained(str(tmp_path)).scores
-    assert list(scores.values()) == callback.record["bandit"]["scores"]
+    assert list(scores.values()) == callback.record["strategy"]["scores"]
     skipped = trainer.model.base_model.skipped_modules
     assert min(scores.pop(name) for name in skipped) >= max(scores.values())
 
@@ -191,7 +191,7 @@ def test_evaluation_and_checkpoints_see_the_best_set(tmp_path):
     for step in range(1, 13):
         folder = tmp_path / f"checkpoint-{step}"
         state = json.loads((folder / "trainer_state.json").read_text())
-        bandit = state["stateful_callbacks"]["EASCallback"]["record"]["bandit"]
+        bandit = state["stateful_callbacks"]["EASCallback"]["record"]["strategy"]
         ranked = sorted(range(LAYERS), key=lambda i: (bandit["scores"][i], i))[-2:]
         assert watcher.at_save[step - 1] == tuple(NAMES[i] for i in sorted(ranked))
     # One batch holds the whole eval set: before the first round, each evaluation is one forward pass.

@@ -231,7 +231,7 @@ def test_das_is_searched_by_the_bandit(tmp_path: Path) -> None:
     assert len(seen) > 1
     record = json.loads((tmp_path / "eas_search.json").read_text())
     assert record["skipped_modules"] == prepared.model.skipped_modules
-    assert record["bandit"]["candidates"] == NAMES
+    assert record["strategy"]["candidates"] == NAMES
 
 
 @pytest.mark.parametrize("text", ["0.1", "1", "-1", "nan"])

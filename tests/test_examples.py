@@ -151,7 +151,7 @@ def run_short(name: str, folder: Path, *options: str) -> str:
     """What a short example prints; it writes to the working directory."""
     printed = run(f"short.{name}", *options, folder=folder, OMP_NUM_THREADS="1")
     record = json.loads((folder / "outputs" / "short" / name / "eas_search.json").read_text())
-    assert len(record["bandit"]["rounds"]) == 12  # enough to choose by
+    assert len(record["strategy"]["rounds"]) == 12  # enough to choose by
     assert (folder / "outputs" / "short" / name / "merged" / "model.safetensors").is_file()
     return printed
 

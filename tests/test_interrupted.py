@@ -53,7 +53,7 @@ class Fails(TrainerCallback):
 def interrupt(folder, family: str, event: str, step: int, error: type[BaseException], **options) -> Trainer:
     fails = Fails(event, step, error)
     model = options.pop("model", None) or make_model(family)
-    trainer = make_trainer(folder, EASCallback(**SCHEDULE), model, **options)
+    trainer = make_trainer(folder, EASCallback(**SCHEDULE, seed=2), model, **options)
     trainer.add_callback(fails)
     with pytest.raises(error, match="in the middle"):
         trainer.train()
@@ -100,7 +100,7 @@ def check(trainer: Trainer, family: str, folder, best: list[str]) -> None:
 def test_within_a_search(family, event, error, tmp_path) -> None:
     trainer = interrupt(tmp_path, family, event, IN_SEARCH, error)
     search = trainer.callback_handler.callbacks[0]._search
-    check(trainer, family, tmp_path, [n for n in trainer.model.base_model.candidates if n in search.bandit.best()])
+    check(trainer, family, tmp_path, [n for n in trainer.model.base_model.candidates if n in search.strategy.best()])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,7 +132,7 @@ def test_between_steps(event, tmp_path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
     trainer = interrupt(tmp_path, "llama", event, 5, RuntimeError, **options)
     search = trainer.callback_handler.callbacks[0]._search
-    check(trainer, "llama", tmp_path, search.bandit.best())
+    check(trainer, "llama", tmp_path, search.strategy.best())
 
 
 def test_in_rewards(tmp_path) -> None:
@@ -149,8 +149,8 @@ def test_in_rewards(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt, match="in the middle"):
         trainer.train()
     search = trainer.callback_handler.callbacks[0]._search
-    assert len(search.bandit.rounds) > 0
-    check(trainer, "llama", tmp_path, search.bandit.best())
+    assert len(search.strategy.rounds) > 0
+    check(trainer, "llama", tmp_path, search.strategy.best())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -160,12 +160,12 @@ def test_the_search_is_finished_by_hand(family, tmp_path, caplog) -> None:
         callback.finish()
     trainer = interrupt(tmp_path, family, "forward", IN_SEARCH, KeyboardInterrupt)
     callback, config = trainer.callback_handler.callbacks[0], trainer.model.peft_config["default"]
-    best = callback.record["bandit"]
+    best = callback.record["strategy"]
     with caplog.at_level(logging.WARNING):
         callback.finish()
     assert "training stopped at step 8, before the search was over at step 12" in caplog.text
     assert len(config.skipped_modules) == 2
-    assert json.loads((tmp_path / "eas_search.json").read_text())["bandit"] == best
+    assert json.loads((tmp_path / "eas_search.json").read_text())["strategy"] == best
     assert sum("eas_pia" in n and n.endswith("router.weight") for n, _ in trainer.model.named_parameters()) == 2
     check(trainer, family, tmp_path, config.skipped_modules)
     caplog.clear()
@@ -182,10 +182,10 @@ def test_trained_again_it_begins_anew(tmp_path) -> None:
 
 def test_resumed_from_the_last_checkpoint_it_ends_as_if_nothing_had_happened(tmp_path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4}
-    whole = make_trainer(tmp_path / "whole", EASCallback(**SCHEDULE), make_model(), **options)
+    whole = make_trainer(tmp_path / "whole", EASCallback(**SCHEDULE, seed=2), make_model(), **options)
     whole.train()
     interrupt(tmp_path / "again", "llama", "forward", IN_SEARCH, KeyboardInterrupt, **options)
-    again = make_trainer(tmp_path / "again", EASCallback(**SCHEDULE), make_model(), **options)
+    again = make_trainer(tmp_path / "again", EASCallback(**SCHEDULE, seed=2), make_model(), **options)
     again.train(resume_from_checkpoint=True)
     for (name, mine), other in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(mine, other), name
@@ -209,7 +209,7 @@ def test_in_a_loop_of_ones_own(family, tmp_path) -> None:
     expected = logits(model.eval(), inputs)
     model.train()
     search.before_step()
-    drawn, best = model.base_model.skipped_modules, search.bandit.best()
+    drawn, best = model.base_model.skipped_modules, search.strategy.best()
     context = next(value for name, value in model.named_buffers() if name.endswith("running_context"))
     assert torch.equal(logits(model.eval(), inputs), expected)
     assert sorted(model.base_model.skipped_modules) == sorted(best)
@@ -220,7 +220,7 @@ def test_in_a_loop_of_ones_own(family, tmp_path) -> None:
     assert model.base_model.skipped_modules == drawn
     model(**inputs, labels=labels)
     search.after_step()
-    assert sorted(model.base_model.skipped_modules) == sorted(search.bandit.best())
+    assert sorted(model.base_model.skipped_modules) == sorted(search.strategy.best())
     assert before.shape == context.shape
 
 

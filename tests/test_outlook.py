@@ -4,6 +4,7 @@ import ast
 import itertools
 import logging
 import math
+import random
 import re
 from typing import Any
 
@@ -17,7 +18,7 @@ from training import NAMES, SCHEDULE, make_model, make_trainer, refuse
 from peft_eas import EASCallback, EASConfig, EASSearch
 from peft_eas.search.schedule import Schedule, what_fits
 
-DEFAULTS = {"search_steps": 0.3, "warmup_steps": 0.1, "interval": 10, "freeze_context_at": "search_end"}
+DEFAULTS = {"search_steps": 0.3, "warmup_steps": 0.1, "interval": None, "freeze_context_at": "search_end"}
 WAYS = re.compile(
     r"(?:Set (?P<change>.*?))?(?:, or )?(?:[Tt]rain for (?P<steps>\d+) steps(?: with (?P<also>.*?))?)?\."
 )
@@ -43,6 +44,19 @@ def arguments(text: str | None) -> dict[str, Any]:
     ],
 )
 def test_the_values_that_are_named(steps, rounds, text) -> None:
+    assert what_fits({**DEFAULTS, "interval": 10}, steps, rounds) == text
+
+
+@pytest.mark.parametrize(
+    ("steps", "rounds", "text"),
+    [
+        (40, 10, "Set search_steps=0.5, or train for 55 steps."),
+        (20, 10, "Set search_steps=0.5, warmup_steps=0, or train for 55 steps."),
+        (8, 10, "Train for 55 steps."),  # one round fits as it is
+        (1, 1, "Train for 10 steps."),
+    ],
+)
+def test_without_an_interval_there_is_one_for_the_run(steps, rounds, text) -> None:
     assert what_fits(DEFAULTS, steps, rounds) == text
 
 
@@ -52,14 +66,14 @@ def test_they_fit_whatever_did_not() -> None:
     for steps, rounds, interval, search_steps, warmup_steps, freeze_at in itertools.product(
         (1, 2, 5, 20, 100),
         (1, 4, 10),
-        (1, 10),
+        (None, 1, 10),
         (0.05, 0.3, 1.0, 1, 30),
         (0, 0.1, 0.5, 40),
         (None, "search_end", 0.3, 16),
     ):
         settings = {"search_steps": search_steps, "warmup_steps": warmup_steps, "interval": interval}
         settings["freeze_context_at"] = freeze_at
-        if Schedule.of(settings, steps).has_room(interval, steps, rounds):
+        if Schedule.of(settings, steps).has_room(interval or 1, steps, rounds):
             continue
         ways = WAYS.fullmatch(what_fits(settings, steps, rounds))
         assert ways["change"] or ways["steps"]
@@ -67,39 +81,36 @@ def test_they_fit_whatever_did_not() -> None:
             changed = settings | arguments(ways["change"])
             schedule = Schedule.of(changed, steps)
             schedule.check(changed, steps, 1)
-            assert schedule.has_room(changed["interval"], steps, 1)
+            assert schedule.has_room(changed["interval"] or 1, steps, 1)
         if ways["steps"]:
             changed, longer = settings | arguments(ways["also"]), int(ways["steps"])
             schedule = Schedule.of(changed, longer)
             schedule.check(changed, longer, rounds)
-            assert schedule.has_room(interval, longer, rounds)
+            assert schedule.has_room(interval or 1, longer, rounds)
         tried += 1
     assert tried > 1000
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("callback", [EASCallback(), EASCallback], ids=["instance", "class"])
-def test_a_run_that_is_too_short_names_settings_that_fit(family, callback, tmp_path) -> None:
+def test_a_run_has_rounds_however_short_it_is(family, callback, tmp_path) -> None:
     def make(callback):
         model = get_peft_model(build_model(family), EASConfig(task_type="CAUSAL_LM", num_skip=2, r=8, attention_r=4))
         return make_trainer(tmp_path, callback, model)
 
+    refuse(make(EASCallback(interval=10)), r"or has no rewards\. Set interval=2, or train for 105 steps\.$")
     trainer = make(callback)
-    refuse(
-        trainer, r"does not fit into a run of 20 steps, or has no rewards\. Set interval=2, or train for 105 steps\.$"
-    )
-    trainer = make(EASCallback(interval=2))
     trainer.train()
     assert len(trainer.model.peft_config["default"].skipped_modules) == 2
     found = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EASCallback))
-    assert [entry["step"] for entry in found.record["bandit"]["rounds"]] == [4, 6]
+    assert [entry["step"] for entry in found.record["strategy"]["rounds"]] == [4, 6]  # as many sets as candidates
 
 
 def test_trainer_may_be_given_the_class(tmp_path) -> None:
     trainer = make_trainer(tmp_path, EASCallback, max_steps=105)
     trainer.train()
     found = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EASCallback))
-    assert [entry["step"] for entry in found.record["bandit"]["rounds"]] == [20, 30]
+    assert [entry["step"] for entry in found.record["strategy"]["rounds"]] == [21, 32]
     assert trainer.model.peft_config["default"].context == "running"
 
 
@@ -128,7 +139,7 @@ def begin(steps: int, model=None, **options) -> EASSearch:
 
 def test_the_log_tells_how_much_a_search_will_see(caplog) -> None:
     with caplog.at_level(logging.INFO, "peft_eas"):
-        begin(105)
+        begin(105, interval=10)
     (record,) = caplog.records
     assert record.levelname == "INFO"
     assert record.getMessage() == "EAS: the search for 2 of 4 candidates to skip has 2 rounds of 3 sets."
@@ -140,7 +151,7 @@ def test_the_log_tells_how_much_a_search_will_see(caplog) -> None:
 
 @pytest.mark.parametrize("make", [make_model, lambda: Blocks(context="prompt")], ids=["EAS", "another"])
 def test_few_rounds_are_warned_of_with_values_that_are_enough(make, caplog) -> None:
-    begin(60, make())
+    begin(60, make(), interval=10)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     text = record.getMessage()
@@ -148,14 +159,15 @@ def test_few_rounds_are_warned_of_with_values_that_are_enough(make, caplog) -> N
     assert text.endswith("Set interval=6, or train for 105 steps.")
     caplog.clear()
     begin(60, make(), interval=6)
-    begin(105, make())
+    begin(105, make(), interval=10)
+    begin(60, make())
     assert not caplog.records
 
 
 def test_a_resumed_search_is_not_warned_of_again(caplog) -> None:
-    state = begin(60).state_dict()
+    state = begin(60, interval=10).state_dict()
     caplog.clear()
-    begin(60, state=state)
+    begin(60, interval=10, state=state)
     assert not caplog.records
 
 
@@ -183,14 +195,26 @@ def run_search(search: EASSearch, losses) -> None:
 SHORT = {"search_steps": 0.8, "warmup_steps": 0, "interval": 1}
 
 
+def test_a_search_that_has_not_settled_is_warned_of(caplog) -> None:
+    """The losses are noise."""
+    search = begin(20, Blocks(), **SHORT)
+    generator = random.Random(0)
+    run_search(search, lambda names: generator.uniform(1.0, 3.0))
+    (text,) = caplog.messages
+    assert "after 16 rounds the choice has not settled: another set of 2 of 5" in text
+    gain = 1 - math.exp(-search.figures()["eas/expected_gain"])
+    assert f"may well have a loss that is lower by {gain:.1%}. Give the search more rounds" in text
+
+
 @pytest.mark.parametrize("reward", ["relative", "exp"])
-def test_a_search_that_told_nothing_apart_is_warned_of(reward, caplog) -> None:
+def test_a_bandit_that_told_nothing_apart_is_warned_of(reward, caplog) -> None:
     """All losses are equal, or with reward="exp" so high that every exp(−loss) is about 0."""
-    search = begin(20, Blocks(), reward=reward, **SHORT)
+    search = begin(20, Blocks(), strategy="bandit", reward=reward, **SHORT)
     run_search(search, lambda names: 1.0 if reward == "relative" else 20.0 + len({"0", "2"} & set(names)))
     (text,) = caplog.messages
     assert f"after 16 rounds the search has hardly told the 5 candidates apart (entropy {math.log(5):.3f} of" in text
     assert ("reward='relative'" in text) == (reward == "exp")
+    assert "strategy='thompson'" in text
 
 
 def test_a_search_that_found_something_is_not(caplog) -> None:

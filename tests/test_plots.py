@@ -30,7 +30,7 @@ def make_record(names: list[str], rounds: int = 12, is_over: bool = True, reward
         bandit.update(
             sets, [1.0 + sum(names.index(name) for name in s) / len(names) for s in sets], step=100 + 10 * step
         )
-    return {"bandit": bandit.state_dict(), "skipped_modules": bandit.best() if is_over else None}
+    return {"strategy": bandit.state_dict(), "skipped_modules": bandit.best() if is_over else None}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_map_shows_state_and_score_of_every_layer_in_order(tmp_path, drawn):
     names = [f"model.layers.{i}.self_attn" for i in range(3)]
     bandit = AttentionBandit(names, 1)
     bandit.scores = [0.125, -0.25, 0.5]
-    plot_skip_map({"bandit": bandit.state_dict(), "skipped_modules": [names[2]]}, tmp_path / "map.png")
+    plot_skip_map({"strategy": bandit.state_dict(), "skipped_modules": [names[2]]}, tmp_path / "map.png")
     states, scores = drawn[0].axes
     assert [label.get_text() for label in states.get_yticklabels()] == ["0", "1", "2"]
     assert states.get_ylim()[0] > states.get_ylim()[1]  # the first layer on top
@@ -99,14 +99,14 @@ def test_the_curve_shows_every_candidate_and_names_the_skipped(tmp_path, drawn, 
     record = make_record(names)
     plot_search_curve(record, tmp_path / "curve.png", values=values)
     lines, rewards = drawn[0].axes
-    bandit = AttentionBandit.from_state_dict(record["bandit"])
+    bandit = AttentionBandit.from_state_dict(record["strategy"])
     last = bandit.scores if values == "scores" else bandit.probabilities()
     assert [line.get_ydata()[-1] for line in lines.get_lines()] == pytest.approx(last)
     assert list(lines.get_lines()[0].get_xdata()) == [0, 90, *range(100, 220, 10)]
     labels = {text.get_text() for text in lines.texts}
     assert labels == {f"layer {names.index(name)}" for name in record["skipped_modules"]}
     mean = next(line for line in rewards.get_lines() if line.get_label() == "mean of a round")
-    first = record["bandit"]["rounds"][0]["losses"]
+    first = record["strategy"]["rounds"][0]["losses"]
     assert mean.get_ydata()[0] == pytest.approx(sum(first) / 3)
 
 
@@ -124,7 +124,7 @@ def test_losses_that_were_not_finite_are_left_out(tmp_path, drawn):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("warnings.warn", lambda *args, **kwargs: None)
             bandit.update(bandit.sample_sets(2), losses)
-    plot_search_curve({"bandit": bandit.state_dict()}, tmp_path / "curve.png")
+    plot_search_curve({"strategy": bandit.state_dict()}, tmp_path / "curve.png")
     mean = next(line for line in drawn[0].axes[1].get_lines() if line.get_label() == "mean of a round")
     assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([1, 3], [1.0, 2.5])
 

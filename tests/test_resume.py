@@ -36,7 +36,7 @@ def test_resumed_from_any_phase_it_ends_bit_equal(tmp_path, step):
         assert logs[1][number]["loss"] == logs[0][number]["loss"]
         of_search = [{name: log[number][name] for name in log[number] if "eas/" in name} for log in logs]
         assert of_search[1] == of_search[0]
-        assert ("eas/entropy" in of_search[0]) == (number <= 12)
+        assert ("eas/expected_gain" in of_search[0]) == (6 <= number <= 12)
 
 
 def test_resumes_with_trainers_own_restoring_of_callbacks(tmp_path):
@@ -202,7 +202,7 @@ def test_a_search_that_goes_on_takes_the_new_length(tmp_path):
     resumed, course = run_course(tmp_path / "resumed", 100, FRACTIONS, tmp_path / "checkpoint-8")
     assert [step for step, frozen in course.frozen.items() if frozen] == list(range(30, 101))
     assert course.shares[8] == pytest.approx(0.5)
-    rounds = resumed.callback_handler.callbacks[0].record["bandit"]["rounds"]
+    rounds = resumed.callback_handler.callbacks[0].record["strategy"]["rounds"]
     assert [one["step"] for one in rounds] == list(range(6, 31, 2))
 
 

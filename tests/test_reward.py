@@ -25,7 +25,7 @@ def test_rewards_are_the_losses_of_the_sets_on_one_batch(tmp_path):
 
     trainer = make_trainer(tmp_path, Ask(**SCHEDULE))
     trainer.train()
-    first = json.loads((tmp_path / "eas_search.json").read_text())["bandit"]["rounds"][0]
+    first = json.loads((tmp_path / "eas_search.json").read_text())["strategy"]["rounds"][0]
     model = make_model().eval()
     model.load_state_dict(captured)
     model.anneal_context(2 / 12)  # at step 6, of the way from the warm-up's end, 4, to the freeze, 16
@@ -58,10 +58,10 @@ class Eavesdropper(EASCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         before = self.look(model)
-        rounds = len(self.record["bandit"]["rounds"])
+        rounds = len(self.record["strategy"]["rounds"])
         fixed = self.record["skipped_modules"]
         super().on_step_end(args, state, control, model, **kwargs)
-        if len(self.record["bandit"]["rounds"]) > rounds and self.record["skipped_modules"] == fixed:
+        if len(self.record["strategy"]["rounds"]) > rounds and self.record["skipped_modules"] == fixed:
             after = self.look(model)
             assert_equal(after["weights"], before["weights"])
             assert after["random"] == before["random"]
@@ -189,8 +189,8 @@ def test_nan_rewards_are_warned_about_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="left out 3 of 3 skip sets"):
         trainer.train()
     record = json.loads((tmp_path / "eas_search.json").read_text())
-    assert record["bandit"]["num_nonfinite"] == 12
-    assert record["bandit"]["scores"] == [0.0] * len(NAMES)
+    assert record["strategy"]["num_nonfinite"] == 12
+    assert record["strategy"]["scores"] == [0.0] * len(NAMES)
 
 
 def test_an_empty_reward_set_is_refused_before_training(tmp_path):

@@ -390,7 +390,7 @@ def test_scores_of_a_search_that_goes_on(tmp_path):
     trainer.train()
     assert seen[5][0] == [None] * LAYERS  # before the first round
     assert all(isinstance(score, float) for score in seen[6][0])
-    assert seen[6][0] != seen[12][0] == callback.record["bandit"]["scores"]
+    assert seen[6][0] != seen[12][0] == callback.record["strategy"]["scores"]
     assert [row.score for row in eas_summary(trainer.model).rows] == seen[12][0]
 
 

@@ -140,7 +140,7 @@ def test_a_set_is_rewarded_with_what_the_trainer_computes(tmp_path, name, family
     assert len(expected) == 6
     assert len(set(expected)) > 1
     assert [loss for loss, _ in callback.losses] == pytest.approx(expected, rel=1e-5)
-    rounds = json.loads((tmp_path / "eas_search.json").read_text())["bandit"]["rounds"]
+    rounds = json.loads((tmp_path / "eas_search.json").read_text())["strategy"]["rounds"]
     assert [loss for entry in rounds for loss in entry["losses"]] == [loss for loss, _ in callback.losses]
     assert len(trainer.model.peft_config["default"].skipped_modules) == 2
 

@@ -235,13 +235,14 @@ def _read(source: Source) -> tuple[AttentionBandit, list[str], bool]:
     record = source if isinstance(source, dict) else _read_file(Path(source))
     if "stateful_callbacks" in record:
         record = (record["stateful_callbacks"].get("EASCallback") or {}).get("record") or {}
-    if record.get("bandit") is None:
+    saved = record.get("strategy", record.get("bandit"))  # as earlier versions call it
+    if saved is None:
         raise ValueError(
             f"{source if not isinstance(source, dict) else 'The record'} holds no search. Give the folder of a run "
             "with EASCallback that searched (not one with skipped_modules given), its eas_search.json, or a "
             "checkpoint's trainer_state.json."
         )
-    bandit = restored(record["bandit"])
+    bandit = restored(saved)
     skipped = record.get("skipped_modules")
     return bandit, bandit.best() if skipped is None else skipped, skipped is not None
 

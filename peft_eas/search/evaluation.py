@@ -9,13 +9,18 @@ import torch
 from torch import nn
 
 
-def mean_over_ranks(losses: torch.Tensor) -> list[float]:
-    on_ranks = [losses]
+def from_all_ranks(values: torch.Tensor) -> torch.Tensor:
+    """(number of ranks, *shape of `values`): what each rank has. All ranks must call it."""
+    on_ranks = [values]
     if torch.distributed.is_initialized():
-        on_ranks = [torch.empty_like(losses) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(on_ranks, losses)
+        on_ranks = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(on_ranks, values)
+    return torch.stack(on_ranks)
+
+
+def mean_over_ranks(losses: torch.Tensor) -> list[float]:
     # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
-    return torch.stack(on_ranks).double().cpu().mean(0).tolist()
+    return from_all_ranks(losses).double().cpu().mean(0).tolist()
 
 
 @contextlib.contextmanager

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..model import EASModel
-from ..strategies.bandit import AttentionBandit, Reward
+from ..strategies import STRATEGIES, AttentionBandit, Strategy, restored
+from ..strategies.bandit import Reward
 from ..values import python_number
-from .evaluation import evaluation_mode, mean_over_ranks, preserved_random_state
+from .evaluation import evaluation_mode, from_all_ranks, mean_over_ranks, preserved_random_state
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
-from .schedule import SETTINGS, FreezeAt, Schedule, check_settings
+from .schedule import SETTINGS, FreezeAt, Schedule, StrategyName, check_settings, default_interval
 from .skippable import eas_of, needs_search
 
 logger = logging.getLogger(__name__)
@@ -22,10 +23,11 @@ logger = logging.getLogger(__name__)
 class EASSearch:
     """Finds the MHAs to skip while a model trains, skips them for good, and freezes the context.
 
-    Source: arXiv 2403.15226, section 3; see `AttentionBandit` for the search itself. A run goes through the phases:
+    Source: arXiv 2403.15226, section 3. Its bandit is one strategy, `AttentionBandit`; the default is another,
+    `ThompsonSampling`. A run goes through the phases:
 
-    - "warm-up": each optimizer step trains with `num_skip` MHAs drawn at random skipped.
-    - "search": the same, drawn from p; every `interval` steps, `num_candidates` sets are compared on a held-out batch.
+    - "warm-up": each optimizer step trains with `num_skip` MHAs drawn by the strategy skipped, at first at random.
+    - "search": the same; every `interval` steps, `num_candidates` sets are compared on a held-out batch.
     - "tune": the best set is skipped for good, and the context is not frozen yet. By default there is no such phase.
     - "frozen": the best set is skipped for good, with context="running": what is trained is exactly what a merge
       folds. With context="none" there is nothing to freeze, and the run ends in "tune".
@@ -40,10 +42,11 @@ class EASSearch:
         search = EASSearch(model, num_steps, lambda batch: model(**batch).loss, held_out)
         for batch in loader:
             search.before_step()
-            model(**batch).loss.backward()
+            loss = model(**batch).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            search.after_step()
+            search.after_step(loss)
 
     Between the two the model skips the set that was drawn, with annealed contexts; at all other times the best set so
     far, with those of `EASConfig(context=...)`. An `EASModel` also shows those between the two, once it is switched to
@@ -73,14 +76,17 @@ class EASSearch:
         batches: held-out batches, taken in turn and over again; in a distributed run, this rank's.
         optimizer: what trains the model. The parameters of dropped adapters are taken out of it. Needed if its state
             is saved by the parameters' names, as with FSDP; then also when resuming.
-        reward: "relative" compares losses within a round; "exp" is the paper's exp(−loss).
+        strategy: how sets are proposed and judged. "thompson" (the default) learns from training losses as well, and
+            finds better sets from fewer rounds; "bandit" is the paper's; or your own subclass of `peft_eas.Strategy`.
+        reward: of the bandit: "relative" compares losses within a round; "exp" is the paper's exp(−loss).
         search_steps: the step at which the search ends.
         warmup_steps: the step at which rewards, and the annealing of the context, begin; before `search_steps`.
         interval: optimizer steps from one round of rewards to the next. A run has (search_steps − warmup_steps) /
-            interval rounds; aim at one for each candidate, or more.
+            interval rounds. Default: as many as make one set for each candidate at least, and one round in every 32
+            steps at least.
         num_candidates: sets compared per round.
-        score_lr: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
-        score_temperature: temperature κ of the scores.
+        score_lr: of the bandit: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
+        score_temperature: of the bandit: temperature κ of the scores.
         freeze_context_at: when the context is frozen: "search_end" is at `search_steps`, even if nothing is searched;
             or a later step; or never (None), for a merge that keeps each prompt's own context.
         seed: of all that the search draws.
@@ -89,7 +95,7 @@ class EASSearch:
 
     Attributes:
         step: optimizer steps done.
-        bandit: the search's scores and rounds (`AttentionBandit`); None if there is nothing to search.
+        strategy: the search's scores and rounds (a `peft_eas.Strategy`); None if there is nothing to search.
 
     Raises:
         TypeError: for a model without EAS adapters that is no `Skippable` either.
@@ -104,10 +110,11 @@ class EASSearch:
         batches: Sequence[Any] | None = None,
         *,
         optimizer: torch.optim.Optimizer | None = None,
+        strategy: StrategyName | type[Strategy] = "thompson",
         reward: Reward = "relative",
         search_steps: int | float = 0.3,
         warmup_steps: int | float = 0.1,
-        interval: int = 10,
+        interval: int | None = None,
         num_candidates: int = 3,
         score_lr: float = 2.0,
         score_temperature: float = 10.0,
@@ -124,12 +131,13 @@ class EASSearch:
         self.batch_loss = batch_loss
         self.batches = batches
         self.optimizer = optimizer
-        self.interval = settings["interval"]
         self.num_candidates = settings["num_candidates"]
         self.seed = seed
         self.step = 0
-        self.bandit: AttentionBandit | None = None
+        self.strategy: Strategy | None = None
         self._has_begun = False
+        # Training losses since the last round, as (set, step, loss by rank).
+        self._pending: list[tuple[list[str], int, torch.Tensor]] = []
         config = self.eas.active_config
         if (config.num_skip or 0) > len(self.eas.candidates):
             raise ValueError(
@@ -138,19 +146,14 @@ class EASSearch:
             )
         self._skipped_modules = config.skipped_modules
         if needs_search(self.eas):
-            self.bandit = AttentionBandit(
-                self.eas.candidates,
-                config.num_skip,
-                temperature=settings["score_temperature"],
-                lr=settings["score_lr"],
-                reward=reward,
-                seed=seed,
-            )
+            self.strategy = _new_strategy(settings, self.eas.candidates, config.num_skip, seed)
         if config.context != "prompt":  # nothing to freeze
             settings["freeze_context_at"] = None
         self._schedule = self._resumed_schedule(Schedule.of(settings, num_steps), state)
         goes_on = self.is_searching and (state is None or state["skipped_modules"] is None)
-        self._schedule.check(settings, num_steps, wanted_rounds(self.bandit, self.num_candidates) if goes_on else None)
+        rounds = wanted_rounds(self.strategy, self.num_candidates) if goes_on else None
+        self.interval = settings["interval"] or default_interval(self._schedule, rounds or 1)
+        self._schedule.check(settings, num_steps, rounds)
         if isinstance(self.eas, EASModel):
             self.eas.awaits_freeze = self._schedule.freeze_step is not None
         if self.is_searching:
@@ -161,7 +164,7 @@ class EASSearch:
         if state is not None:
             self.load_state_dict(state)
         elif self.is_searching:
-            tell_of_search(self.bandit, self._schedule, settings, num_steps)
+            tell_of_search(self.strategy, self._schedule, settings, num_steps)
         elif config.skipped_modules is None and config.num_skip is None:
             tell_of_no_search(len(self.eas.candidates))
 
@@ -170,7 +173,12 @@ class EASSearch:
     @property
     def is_searching(self) -> bool:
         """Whether the search goes on: in the phases "warm-up" and "search"."""
-        return self.bandit is not None and self._skipped_modules is None
+        return self.strategy is not None and self._skipped_modules is None
+
+    @property
+    def bandit(self) -> Strategy | None:
+        """The strategy, by the name that it had when there was one alone."""
+        return self.strategy
 
     @property
     def phase(self) -> str:
@@ -187,7 +195,8 @@ class EASSearch:
         self._has_begun = True
         share = self._schedule.running_share(self.step)
         is_prompt = self.eas.active_config.context == "prompt"
-        names = self.bandit.sample() if self.is_searching else self.eas.skipped_modules
+        names = self.strategy.sample() if self.is_searching else self.eas.skipped_modules
+        self._step_set = names
         if isinstance(self.eas, EASModel):
             if self.is_searching or is_prompt:
                 self.eas.begin_step(names, share if is_prompt else 0.0)
@@ -196,10 +205,17 @@ class EASSearch:
         if self.is_searching:
             self.eas.set_skipped_modules(names)
 
-    def after_step(self) -> None:
+    def after_step(self, loss: torch.Tensor | float | None = None) -> None:
         """Makes the ranks' contexts equal, computes rewards, ends the search, freezes the context: each when its time
-        has come. Call once per optimizer step."""
+        has come. Call once per optimizer step.
+
+        Args:
+            loss: this rank's training loss of the step, a number or a tensor of one element, from which the search
+                learns as well; with several micro-batches, their mean. None: it learns from held-out batches alone.
+        """
         self.step += 1
+        if loss is not None and self.is_searching and self._has_begun:
+            self._pending.append((self._step_set, self.step, from_all_ranks(self._as_scalar(loss))))
         self._end_step()
         self.eas.sync_context()
         if self.is_searching:
@@ -231,26 +247,27 @@ class EASSearch:
     def figures(self) -> dict[str, float | str]:
         """Where the run stands, for a log.
 
-        `eas/phase`; and where there is a search, `eas/entropy` (of p, in nats), `eas/best`, and from the first round
-        on `eas/loss` and `eas/reward` (mean over the last round's sets of the held-out loss and of exp(−loss)). After
+        `eas/phase`; and where there is a search, `eas/best`; from the first round on `eas/loss` and `eas/reward` (mean
+        over the last round's sets of the held-out loss and of exp(−loss)), and `eas/expected_gain` (by how much the
+        logarithm of the loss may still fall by a better choice); of the bandit `eas/entropy` (of p, in nats). After
         the search they stay as they are.
         """
         figures: dict[str, float | str] = {"eas/phase": self.phase}
-        if self.bandit is not None:
-            figures["eas/entropy"] = self.bandit.entropy()
-            figures["eas/best"] = ", ".join(self._skipped_modules or self.bandit.best())
-            if self.bandit.mean_loss() is not None:
-                figures |= {"eas/loss": self.bandit.mean_loss(), "eas/reward": self.bandit.mean_reward()}
+        if self.strategy is not None:
+            figures |= self.strategy.figures()
+            figures["eas/best"] = ", ".join(self._skipped_modules or self.strategy.best())
+            if self.strategy.mean_loss() is not None:
+                figures |= {"eas/loss": self.strategy.mean_loss(), "eas/reward": self.strategy.mean_reward()}
         return figures
 
     def state_dict(self) -> dict[str, Any]:
         """The state between two steps as values that JSON keeps exactly; `peft_eas.plots` draws it as well."""
-        bandit = None if self.bandit is None else self.bandit.state_dict()
         config = self.eas.active_config
         return {
             "step": self.step,
-            "bandit": bandit,
+            "strategy": None if self.strategy is None else self.strategy.state_dict(),
             "skipped_modules": self._skipped_modules,
+            "pending": [[names, step, losses.tolist()] for names, step, losses in self._pending],
             "schedule": self._schedule._asdict(),
             "is_frozen": config.context == "running",
             "context_recorded": getattr(config, "context_recorded", False),
@@ -262,36 +279,54 @@ class EASSearch:
         Raises:
             ValueError: for the state of another search than this model needs.
         """
-        if state["bandit"] is None and self.is_searching:
+        saved = state["strategy"] if "strategy" in state else state["bandit"]  # as earlier versions call it
+        if saved is None and self.is_searching:
             raise ValueError(
                 f"The checkpoint of step {state['step']} holds no search to resume: it was written without "
                 "EASCallback or EASSearch. Start the run anew, or name the MHAs to skip in "
                 "EASConfig(skipped_modules=...)."
             )
-        if state["bandit"] is not None:
-            num_skip = self.eas.active_config.num_skip
-            if num_skip is None:  # a model that was made with the MHAs that the search has found
-                num_skip = len(self._skipped_modules or ())
-            bandit = AttentionBandit(self.eas.candidates, num_skip)
-            bandit.load_state_dict(state["bandit"])
+        if saved is not None:
+            strategy = self._restored_strategy(saved)
             if state["skipped_modules"] is None and not self.is_searching:
                 raise ValueError(
                     "The checkpoint is from the middle of a search, but this model's skip set is fixed already "
                     f"({self._skipped_modules}), so the adapters to search with are gone. Make the model by "
                     "get_peft_model with num_skip, as for the first run, and resume with that."
                 )
-            self.bandit = bandit
+            self.strategy = strategy
             if state["skipped_modules"] is None:
-                self.eas.set_skipped_modules(bandit.best())
+                self.eas.set_skipped_modules(strategy.best())
             else:
                 self._fix(state["skipped_modules"])
         self._schedule = self._resumed_schedule(self._schedule, state)
         self.step = state["step"]
+        self._pending = [(names, step, torch.tensor(losses)) for names, step, losses in state.get("pending", [])]
         self._end_step()
         # Earlier versions' states do not tell; there the schedule does.
         if self.eas.active_config.context == "prompt" and state.get("is_frozen", self._is_freeze_due):
             self.eas.freeze_context(is_resumed=True)
             self.eas.active_config.context_recorded = state.get("context_recorded", False)
+
+    def _restored_strategy(self, saved: dict[str, Any]) -> Strategy:
+        """The strategy that a state holds, whichever this search was made with, unless that is the user's own."""
+        present = self.strategy
+        if present is None or type(present) in STRATEGIES.values():
+            strategy = restored(saved)
+        else:
+            strategy = present
+            strategy.load_state_dict(saved)
+        num_skip = self.eas.active_config.num_skip
+        if num_skip is None:  # a model that was made with the MHAs that the search has found
+            num_skip = len(self._skipped_modules or ())
+        if strategy.candidates != list(self.eas.candidates) or strategy.num_skip != num_skip:
+            raise ValueError(
+                f"The saved search is for {strategy.num_skip} of {len(strategy.candidates)} candidates "
+                f"({', '.join(strategy.candidates)}), but this model asks for {num_skip} of "
+                f"{len(self.eas.candidates)} ({', '.join(self.eas.candidates)}). Resume with the model and EASConfig "
+                "that the search was started with, or start anew."
+            )
+        return strategy
 
     @staticmethod
     def _resumed_schedule(schedule: Schedule, state: dict[str, Any] | None) -> Schedule:
@@ -303,17 +338,18 @@ class EASSearch:
 
     @property
     def _scores(self) -> dict[str, float]:
-        return dict(zip(self.bandit.candidates, self.bandit.scores))
+        return dict(zip(self.strategy.candidates, self.strategy.scores))
 
     def _compare(self) -> None:
         """A round of rewards: a few sets on one held-out batch.
 
         Modes, running contexts and random states are afterwards what they were.
         """
-        sets = self.bandit.sample_sets(self.num_candidates)
-        number = len(self.bandit.rounds)
+        sets = self.strategy.sample_sets(self.num_candidates)
+        number = len(self.strategy.rounds)
         batch = number if self.batches is None else self.batches[number % len(self.batches)]
         losses = []
+        self._pass_on_steps()
         self._anneal_context(self._schedule.running_share(self.step))
         try:
             with preserved_random_state(self.seed + number), torch.no_grad(), evaluation_mode(self.model):
@@ -322,26 +358,35 @@ class EASSearch:
                     losses.append(self._checked_loss(batch))
         finally:
             self._end_step()
-        self.bandit.update(sets, mean_over_ranks(torch.stack(losses)), step=self.step)
-        self.eas.set_skipped_modules(self.bandit.best())
+        self.strategy.update(sets, mean_over_ranks(torch.stack(losses)), step=self.step)
+        self.eas.set_skipped_modules(self.strategy.best())
         self.eas.active_config.note_scores(self._scores)
+
+    def _pass_on_steps(self) -> None:
+        """Tells the strategy of the training losses since the last round."""
+        for names, step, losses in self._pending:
+            self.strategy.note_step(names, losses.double().mean().item(), step)
+        self._pending = []
 
     def _checked_loss(self, batch: Any) -> torch.Tensor:
         loss = self.batch_loss(batch)
-        if isinstance(loss, (int, float)):
-            loss = torch.tensor(float(loss), device=next(self.model.parameters()).device)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        if not isinstance(loss, (int, float)) and not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"type {type(loss).__name__}"
             raise ValueError(
                 f"EASSearch(batch_loss=...) returned a value of {what}; it must return the loss on the held-out "
                 "batch, a tensor of one element or a number. Do the batches have labels?"
             )
+        return self._as_scalar(loss)
+
+    def _as_scalar(self, loss: torch.Tensor | float) -> torch.Tensor:
+        if not isinstance(loss, torch.Tensor):
+            loss = torch.tensor(float(loss), device=next(self.model.parameters()).device)
         return loss.detach().float().reshape(())
 
     def _end_search(self) -> None:
-        self._fix(self.bandit.best())
+        self._fix(self.strategy.best())
         self._schedule = self._schedule._replace(search_end=self.step)
-        tell_of_choice(self.bandit)
+        tell_of_choice(self.strategy)
 
     def _fix(self, names: Sequence[str]) -> None:
         # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
@@ -365,7 +410,7 @@ class EASSearch:
             self.eas.end_step()
         self._anneal_context(0.0)
         if self.is_searching:
-            self.eas.set_skipped_modules(self.bandit.best())
+            self.eas.set_skipped_modules(self.strategy.best())
 
     def _anneal_context(self, share: float) -> None:
         if self.eas.active_config.context == "prompt":
@@ -393,3 +438,11 @@ class EASSearch:
                 "find_unused_parameters=True and static_graph=False (with accelerate: "
                 "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))."
             )
+
+
+def _new_strategy(settings: dict[str, Any], candidates: Sequence[str], num_skip: int, seed: int) -> Strategy:
+    strategy = STRATEGIES.get(settings["strategy"], settings["strategy"])
+    if strategy is AttentionBandit:
+        names = {"temperature": "score_temperature", "lr": "score_lr", "reward": "reward"}
+        return AttentionBandit(candidates, num_skip, seed=seed, **{own: settings[name] for own, name in names.items()})
+    return strategy(candidates, num_skip, seed=seed)

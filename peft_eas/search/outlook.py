@@ -4,32 +4,29 @@ import logging
 import math
 from typing import Any
 
-from ..strategies.bandit import AttentionBandit
-from .schedule import Schedule, what_fits
+from ..strategies import Strategy
+from .schedule import Schedule, default_interval, what_fits
 
 logger = logging.getLogger(__name__)
 
-# A search has told its candidates apart where the likeliest is drawn this many times as often as the unlikeliest. In
-# simulated searches for 12 of 29 candidates one round of three sets leads to 1.2 times, ten to 2.5.
-LEAST_RATIO = 1.25
 
-
-def sets_per_round(bandit: AttentionBandit, num_candidates: int) -> int:
+def sets_per_round(strategy: Strategy, num_candidates: int) -> int:
     """`num_candidates`, or all the sets that there are."""
-    return min(num_candidates, math.comb(len(bandit.candidates), bandit.num_skip))
+    return min(num_candidates, math.comb(len(strategy.candidates), strategy.num_skip))
 
 
-def wanted_rounds(bandit: AttentionBandit, num_candidates: int) -> int:
+def wanted_rounds(strategy: Strategy, num_candidates: int) -> int:
     """The least number of rounds in which as many sets are compared as there are candidates to tell apart."""
-    return math.ceil(len(bandit.candidates) / sets_per_round(bandit, num_candidates))
+    return math.ceil(len(strategy.candidates) / sets_per_round(strategy, num_candidates))
 
 
-def tell_of_search(bandit: AttentionBandit, schedule: Schedule, settings: dict[str, Any], num_steps: int) -> None:
+def tell_of_search(strategy: Strategy, schedule: Schedule, settings: dict[str, Any], num_steps: int) -> None:
     """Says how many rounds there will be; warns where they are few, or no step is left to train what they find."""
-    rounds, wanted = schedule.num_rounds(settings["interval"]), wanted_rounds(bandit, settings["num_candidates"])
+    wanted = wanted_rounds(strategy, settings["num_candidates"])
+    rounds = schedule.num_rounds(settings["interval"] or default_interval(schedule, wanted))
     text = (
-        f"EAS: the search for {bandit.num_skip} of {len(bandit.candidates)} candidates to skip has {rounds} "
-        f"round{'s' if rounds > 1 else ''} of {sets_per_round(bandit, settings['num_candidates'])} sets."
+        f"EAS: the search for {strategy.num_skip} of {len(strategy.candidates)} candidates to skip has {rounds} "
+        f"round{'s' if rounds > 1 else ''} of {sets_per_round(strategy, settings['num_candidates'])} sets."
     )
     if rounds >= wanted:
         logger.info(text)
@@ -60,18 +57,13 @@ def tell_of_no_search(num_candidates: int) -> None:
     )
 
 
-def tell_of_choice(bandit: AttentionBandit) -> None:
-    """Warns where the finished search has not told its candidates apart."""
-    p = bandit.probabilities()
-    if max(p) >= LEAST_RATIO * min(p):
-        return
-    logger.warning(
-        "EAS: after %d rounds the search has hardly told the %d candidates apart (entropy %.3f of at most %.3f), so "
-        "that what is skipped is little better than drawn at random. Give it more rounds (a lower interval, a higher "
-        "search_steps or a longer run)%s.",
-        len(bandit.rounds),
-        len(p),
-        bandit.entropy(),
-        math.log(len(p)),
-        ", or reward='relative'" if bandit.reward == "exp" else "",
-    )
+def tell_of_choice(strategy: Strategy) -> None:
+    """Warns where the finished search has not settled."""
+    doubt = strategy.doubt()
+    if doubt is not None:
+        logger.warning(
+            "EAS: after %d rounds %s Give the search more rounds (a lower interval, a higher search_steps or a longer "
+            "run), or larger reward batches.",
+            len(strategy.rounds),
+            doubt,
+        )

@@ -3,11 +3,17 @@
 import math
 from typing import Any, Literal, NamedTuple
 
+from ..strategies import STRATEGIES, Strategy
 from ..strategies.bandit import check_search_values
 from ..values import is_int
 
+# Without `interval`, the most steps from one round of rewards to the next. Three sets in 32 steps take about 3 % of
+# the time, as a forward pass takes a third of a training step.
+LONGEST_INTERVAL = 32
+
 # What decides the course of a search, in `EASSearch` and in `EASCallback` alike.
 SETTINGS = (
+    "strategy",
     "reward",
     "search_steps",
     "warmup_steps",
@@ -28,6 +34,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 )
 
 # Optimizer steps, a fraction of the run, the step at which the search ends, or never.
+StrategyName = Literal["thompson", "bandit"]
 FreezeAt = int | float | Literal["search_end"] | None
 
 
@@ -92,7 +99,8 @@ class Schedule(NamedTuple):
         """Raises a ValueError where the freeze is beyond the run, or a search has no room for rewards or goes on
         beyond the freeze. `rounds` are what the search should have, None where there is none."""
         has_search = rounds is not None
-        interval, search_steps = settings["interval"], settings["search_steps"]
+        interval = settings["interval"] or default_interval(self, rounds or 1)
+        search_steps = settings["search_steps"]
         if has_search and not self.warmup_end + interval <= self.search_end <= num_steps:
             raise ValueError(
                 f"A search that ends at step {self.search_end} (search_steps={search_steps}) with rewards every "
@@ -115,6 +123,11 @@ class Schedule(NamedTuple):
                 f"over at step {self.search_end} (search_steps={search_steps}). Freeze later, such as with "
                 "freeze_context_at='search_end', or search for less."
             )
+
+
+def default_interval(schedule: Schedule, rounds: int) -> int:
+    """Steps between rounds of rewards, so that there are `rounds` of them, or more in a long search."""
+    return max(1, min(LONGEST_INTERVAL, (schedule.search_end - schedule.warmup_end) // rounds))
 
 
 def what_fits(settings: dict[str, Any], num_steps: int, rounds: int) -> str:
@@ -144,9 +157,11 @@ def _fitting(settings: dict[str, Any], num_steps: int, rounds: int) -> dict[str,
         if settings["freeze_context_at"] is None:
             change = {name: value for name, value in change.items() if name != "freeze_context_at"}
         schedule = Schedule.of({**settings, **change}, num_steps)
-        interval = min(settings["interval"], (schedule.search_end - schedule.warmup_end) // rounds)
+        longest = max(0, schedule.search_end - schedule.warmup_end) // rounds
+        interval = min(settings["interval"] or longest, longest)
         if interval >= 1 and schedule.has_room(interval, num_steps, rounds):
-            change = {**change, "interval": interval}
+            if settings["interval"] is not None:
+                change = {**change, "interval": interval}
             return {name: value for name, value in change.items() if value != settings[name]}
     return None
 
@@ -157,16 +172,17 @@ def _fitting_steps(settings: dict[str, Any], rounds: int) -> int | None:
     (search_share, search_steps), (warmup_share, warmup_steps) = (
         (time, 0) if isinstance(time, float) else (0.0, time) for time in times
     )
-    freeze_at = settings["freeze_context_at"]
+    freeze_at, interval = settings["freeze_context_at"], settings["interval"] or 1
     num_steps = max(search_steps + 1, freeze_at if is_int(freeze_at) else 1)
     if search_share > warmup_share:  # one step more than is missing, because both ends are rounded
-        missing = rounds * settings["interval"] + 1 + warmup_steps - search_steps
+        missing = rounds * interval + 1 + warmup_steps - search_steps
         num_steps = max(num_steps, math.ceil(round(missing / (search_share - warmup_share), 6)))
-    return num_steps if Schedule.of(settings, num_steps).has_room(settings["interval"], num_steps, rounds) else None
+    return num_steps if Schedule.of(settings, num_steps).has_room(interval, num_steps, rounds) else None
 
 
 def check_settings(
     caller: str,
+    strategy: Any,
     reward: str,
     search_steps: Any,
     warmup_steps: Any,
@@ -177,13 +193,19 @@ def check_settings(
     freeze_context_at: Any,
 ) -> None:
     """Raises a ValueError for a setting of `caller` that is out of range whatever the run."""
+    is_own = isinstance(strategy, type) and issubclass(strategy, Strategy)
+    if not is_own and not (isinstance(strategy, str) and strategy in STRATEGIES):
+        raise ValueError(
+            f"{caller}(strategy={strategy!r}): strategy must be {' or '.join(map(repr, STRATEGIES))}, or a subclass "
+            "of peft_eas.Strategy."
+        )
     check_search_values(score_temperature, score_lr, reward)
     _check_steps(caller, "search_steps", search_steps)
     _check_steps(caller, "warmup_steps", warmup_steps)
     if freeze_context_at not in (None, "search_end"):
         _check_steps(caller, "freeze_context_at", freeze_context_at, others=', or "search_end", or None')
     for name, value, least in (("interval", interval, 1), ("num_candidates", num_candidates, 2)):
-        if not is_int(value, least):
+        if not is_int(value, least) and not (name == "interval" and value is None):
             raise ValueError(f"{caller}({name}={value!r}): {name} must be an integer of at least {least}.")
 
 

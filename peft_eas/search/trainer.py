@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState
 
 from ..model import EASModel
@@ -90,6 +91,34 @@ def check_generation(trainer: Trainer) -> None:
         )
 
 
+class TrainingLosses:
+    """Listens to the losses of a Trainer's training steps, of which it tells no event, until `stop()`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._total: torch.Tensor | None = None
+        self._own = trainer.__dict__.get("training_step")
+        self._training_step = trainer.training_step
+        # The loss of TRL's trainers which score completions of their own tells nothing of the model.
+        if not hasattr(trainer, "num_generations"):
+            trainer.training_step = self._step
+
+    def _step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = self._training_step(*args, **kwargs)
+        self._total = loss if self._total is None else self._total + loss
+        return loss
+
+    def take(self) -> torch.Tensor | None:
+        """The loss of the optimizer step since the last call, a tensor of one element."""
+        total, self._total = self._total, None
+        return total
+
+    def stop(self) -> None:
+        self._trainer.__dict__.pop("training_step", None)
+        if self._own is not None:
+            self._trainer.training_step = self._own
+
+
 # Where TRL's trainers gather the figures of each batch for the next log.
 _FIGURES = ("_metrics", "_logs", "_textual_logs", "_stored_metrics")
 
@@ -106,14 +135,14 @@ def untouched_metrics(trainer: Trainer) -> Iterator[None]:
 
 
 def saved_search(state: TrainerState, name: str) -> dict[str, Any]:
-    """How far the search was in the checkpoint that is resumed; without a bandit where there was no search."""
+    """How far the search was in the checkpoint that is resumed; without a strategy where there was no search."""
     saved = state.stateful_callbacks.get(name, {}) if state.global_step > 0 else {}
     if isinstance(saved, list):
         raise ValueError(f"The checkpoint holds {len(saved)} {name}s. Train with one, and resume with one.")
     phases = (entry["eas/phase"] for entry in reversed(state.log_history) if "eas/phase" in entry)
     # Earlier versions' checkpoints have no `course`; their log tells whether the context was frozen.
     course = saved.get("course") or ({"is_frozen": True} if next(phases, None) == "frozen" else {})
-    return {**(saved.get("record") or {"bandit": None, "skipped_modules": None}), **course}
+    return {**(saved.get("record") or {"strategy": None, "skipped_modules": None}), **course}
 
 
 def forget_best_checkpoint(state: TrainerState) -> None:

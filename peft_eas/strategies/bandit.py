@@ -21,6 +21,9 @@ RELATIVE_GAIN = 0.1
 MAX_SPREADS = 3.0
 # The typical spread is the median over this many rounds: it follows the training, and an outlier does not move it.
 SPREAD_WINDOW = 10
+# A search has told its candidates apart where the likeliest is drawn this many times as often as the unlikeliest. In
+# simulated searches for 12 of 29 candidates one round of three sets leads to 1.2 times, ten to 2.5.
+LEAST_RATIO = 1.25
 
 
 class AttentionBandit(Strategy):
@@ -92,6 +95,16 @@ class AttentionBandit(Strategy):
 
     def figures(self) -> dict[str, float]:
         return {"eas/entropy": self.entropy()}
+
+    def doubt(self) -> str | None:
+        p = self.probabilities()
+        if max(p) >= LEAST_RATIO * min(p):
+            return None
+        return (
+            f"the search has hardly told the {len(p)} candidates apart (entropy {self.entropy():.3f} of at most "
+            f"{math.log(len(p)):.3f}), so that what is skipped is little better than drawn at random. "
+            f"Set strategy='thompson'{' or reward=' + repr('relative') if self.reward == 'exp' else ''}."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "temperature": self.temperature, "lr": self.lr, "reward": self.reward}

@@ -67,6 +67,10 @@ class Strategy(ABC):
         """What a log tells of the course of the search."""
         return {}
 
+    def doubt(self) -> str | None:
+        """Why the choice is not to be relied on yet, as a sentence that goes on after "after 9 rounds"; else None."""
+        return None
+
     # --- what the search calls -------------------------------------------------------------------------------------
 
     def sample(self, k: int | None = None) -> list[str]:

@@ -13,6 +13,9 @@ from .strategy import Strategy
 WINDOW = 16
 # Of training steps, the last so many count: what skipping costs changes as the adapters learn.
 MAX_STEPS = 2000
+# A choice is settled where a better one is expected to lower the log loss by no more than 1 %, or than this share of
+# how much sets differ.
+SETTLED_LOSS, SETTLED_SHARE = 0.01, 0.05
 # Draws by which is judged how much a better set could gain.
 NUM_JUDGES = 200
 
@@ -67,6 +70,15 @@ class ThompsonSampling(Strategy):
     def figures(self) -> dict[str, float]:
         gain = self.expected_gain()
         return {"eas/expected_gain": gain} if math.isfinite(gain) else {}
+
+    def doubt(self) -> str | None:
+        gain = self.expected_gain()
+        if gain <= max(SETTLED_LOSS, SETTLED_SHARE * self.spread()):
+            return None
+        return (
+            f"the choice has not settled: another set of {self.num_skip} of {len(self.candidates)} may well have a "
+            f"loss that is lower by {1 - math.exp(-gain):.1%}."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         steps = [f"{step} {' '.join(map(str, indices))} {loss!r}" for step, indices, loss in self._steps]
