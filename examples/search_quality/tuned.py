@@ -1,6 +1,6 @@
-"""Part (c), after training: the set that a search finds while MiniLM is tuned, against every set, tuned alike.
+"""The part `tuned`: the set that a search finds while MiniLM is tuned, against every set, tuned alike.
 
-A run of `tuned.jsonl` either searches, and tunes what it finds to the end, or tunes a given set from the start. All have
+A run of tuned.jsonl either searches, and tunes what it finds to the end, or tunes a given set from the start. All have
 the same steps, data and settings, and are scored on the same held-out queries.
 """
 
