@@ -21,6 +21,7 @@ STYLES = {  # from the palette of Okabe and Ito, which is told apart with any co
     "cosine": {"color": "black", "linestyle": "--"},
     "random": {"color": "#808080", "linestyle": ":"},
 }
+BEST = "best set"
 TOP = 2  # a choice counts as one of the best if it is among so many
 
 Group = tuple[str, int]  # a problem and a number skipped
@@ -92,7 +93,7 @@ def _regret_table(runs: Sequence[Record], scores: Scores, group: Group) -> str:
     best = {part: sorted(values, key=values.__getitem__)[:TOP] for part, values in vars(scores).items()}
 
     def show(choices: Sequence[Choice]) -> str:
-        regret = statistics.fmean(choice["score"] for choice in choices) - ordered[0]
+        regret = statistics.fmean(choice["score"] - ordered[0] for choice in choices)
         masks = [mask_of(choice["skipped"]) for choice in choices]
         held_out, search = (sum(mask in best[part] for mask in masks) for part in ("held_out", "search"))
         return f"{regret:.4f} ({regret / deviation:.4f} sd); {held_out}, {search} of {len(masks)}"
@@ -139,9 +140,9 @@ def draw(runs: Sequence[Record], scores: dict[Group, Scores], groups: Sequence[G
     """Draws the loss of the chosen set against the evaluations made, a panel per problem and number skipped."""
     from matplotlib.figure import Figure
 
-    columns = min(len(groups), 4)
+    columns = min(len(groups), 3)
     rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(0.8 + 3.1 * columns, 1.1 + 2.7 * rows), layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.4 * columns, 0.9 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, group in zip(panels, groups):
         searched = []
@@ -161,7 +162,7 @@ def draw(runs: Sequence[Record], scores: dict[Group, Scores], groups: Sequence[G
             searched += [mean - deviation for mean, deviation in zip(means, deviations)]
         if group in scores:
             best = min(scores[group].held_out.values())
-            axes.axhline(best, color="black", linewidth=0.8, label="best set")
+            axes.axhline(best, color="black", linewidth=0.8, label=BEST)
             searched.append(best)
         if searched:  # a random choice may be far above
             margin = 0.08 * (max(searched) - min(searched)) or 0.01
@@ -175,8 +176,11 @@ def draw(runs: Sequence[Record], scores: dict[Group, Scores], groups: Sequence[G
         axes.tick_params(labelsize=8)
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
-    figure.supxlabel("evaluations", size=9)
+    for axes in panels[max(0, len(groups) - columns) : len(groups)]:
+        axes.set_xlabel("evaluations", size=9)
     figure.supylabel("loss of the chosen set, on batches that no search saw", size=9)
     legend = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    labels = [label for label in (*METHODS, BEST) if label in legend]
+    handles = [legend[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=160)
