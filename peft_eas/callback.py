@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .injection.checks import first_layer_note
 from .model import EASModel
 from .search.loop import EASSearch
 from .search.rewards import RewardSet, choose_reward_set, hold_back
+from .search.savings import Savings, count_kv_bytes, measure_time
 from .search.schedule import SETTINGS, FreezeAt, StrategyName, check_settings
 from .search.skippable import eas_of, needs_search
 from .search.trainer import (
@@ -27,6 +29,7 @@ from .search.trainer import (
     move_to_front,
     saved_search,
 )
+from .search.workload import check_shapes
 from .strategies import Strategy
 from .strategies.bandit import Reward
 from .values import is_int, python_number
@@ -37,6 +40,8 @@ logger = logging.getLogger(__name__)
 LEAST_LEARNING_RATE = 3e-4
 
 SEARCH_FILE = "eas_search.json"
+# Of a search's state, what tells of the search itself.
+RECORDED = ("strategy", "skipped_modules", "curve", "measured")
 
 
 class EASCallback(TrainerCallback, ExportableState):
@@ -65,6 +70,9 @@ class EASCallback(TrainerCallback, ExportableState):
             completions that it generates and scores (TRL's GRPO, RLOO), whose loss tells nothing of the model, minus
             their mean reward.
         seed: for everything that the search draws. Default: the Trainer's.
+        workload: with `EASConfig(target_speedup=...)` or `target_kv_cache`, what the model is to be fast at:
+            "batch_size", "prompt_tokens" and "new_tokens", as of `measure_time`. Default: one forward pass over a
+            batch of rewards.
 
     Raises:
         ValueError: for a setting out of range; at the start of training, for settings that do not fit the run.
@@ -83,6 +91,7 @@ class EASCallback(TrainerCallback, ExportableState):
         freeze_context_at: FreezeAt = "search_end",
         seed: int | None = None,
         strategy: StrategyName | type[Strategy] = "thompson",
+        workload: dict[str, int] | None = None,
     ) -> None:
         self.strategy = strategy
         self.reward: Reward = reward
@@ -95,6 +104,7 @@ class EASCallback(TrainerCallback, ExportableState):
         self.reward_dataset = reward_dataset
         self.freeze_context_at = python_number(freeze_context_at)
         self.seed = python_number(seed)
+        self.workload = workload
         self._check_arguments()
         self._held_back: Any = None
         self._search: EASSearch | None = None
@@ -108,6 +118,13 @@ class EASCallback(TrainerCallback, ExportableState):
         check_settings(type(self).__name__, **{name: getattr(self, name) for name in SETTINGS})
         if self.seed is not None and not is_int(self.seed):
             raise ValueError(f"EASCallback(seed={self.seed!r}): seed must be an integer, or None for the Trainer's.")
+        shapes = {"batch_size": None, "prompt_tokens": None, "new_tokens": 0}
+        if self.workload is not None and not (isinstance(self.workload, dict) and self.workload.keys() <= set(shapes)):
+            raise ValueError(
+                f"EASCallback(workload={self.workload!r}): workload must be a dict of batch_size, prompt_tokens and "
+                "new_tokens, or None."
+            )
+        check_shapes(**{**shapes, **(self.workload or {})})
         data = self.reward_dataset
         is_data = hasattr(data, "__getitem__") or hasattr(data, "__iter__")
         if data is not None and (not is_data or isinstance(data, (str, bytes, dict))):
@@ -123,7 +140,7 @@ class EASCallback(TrainerCallback, ExportableState):
         if isinstance(self.strategy, type):
             arguments["strategy"] = self.strategy.__name__
         state = {} if self._search is None else self._search.state_dict()
-        course = {name: value for name, value in state.items() if name not in ("step", "strategy", "skipped_modules")}
+        course = {name: value for name, value in state.items() if name not in ("step", *RECORDED)}
         return {"args": arguments, "attributes": {}, "record": self.record, "course": course}
 
     @property
@@ -132,8 +149,7 @@ class EASCallback(TrainerCallback, ExportableState):
         if self._search is None or self._search.strategy is None:
             return None
         state = self._search.state_dict()
-        names = ("strategy", "skipped_modules")
-        return {**{name: state[name] for name in names}, "reward_source": self._reward_source}
+        return {**{name: state[name] for name in RECORDED}, "reward_source": self._reward_source}
 
     def finish(self) -> None:
         """Ends the search with the best set so far, as at the end of training: for a run that was interrupted.
@@ -194,6 +210,7 @@ class EASCallback(TrainerCallback, ExportableState):
             self._batch_loss,
             optimizer=optimizer,
             seed=self._seed(args),
+            savings=partial(self._savings, trainer, model),
             state={**saved, "step": state.global_step} if state.global_step > 0 else None,
             **settings,
         )
@@ -203,7 +220,7 @@ class EASCallback(TrainerCallback, ExportableState):
             note = first_layer_note(eas.active_config, getattr(eas, "model", None), eas.candidates)
             if note and state.global_step == 0 and state.is_world_process_zero:
                 logger.warning("EAS: %s", note)
-            self._reward_set = choose_reward_set(trainer, self.reward_dataset, self._held_back, self._seed(args))
+            self._choose_rewards(trainer)
             if self._reward_source not in (None, self._reward_set.source):
                 raise ValueError(
                     f"The search was rewarded on the {self._reward_source}, but this run offers the "
@@ -267,6 +284,23 @@ class EASCallback(TrainerCallback, ExportableState):
 
     def _seed(self, args: TrainingArguments) -> int:
         return args.seed if self.seed is None else self.seed
+
+    def _choose_rewards(self, trainer: Trainer) -> RewardSet:
+        if self._reward_set is None:
+            seed = self._seed(trainer.args)
+            self._reward_set = choose_reward_set(trainer, self.reward_dataset, self._held_back, seed)
+        return self._reward_set
+
+    def _savings(self, trainer: Trainer, model: nn.Module) -> Savings:
+        batch = self._choose_rewards(trainer).inputs(0)
+        is_time = eas_of(model, type(self).__name__, "Trainer").active_config.target_speedup is not None
+        savings = (measure_time if is_time else count_kv_bytes)(model, batch, **(self.workload or {}))
+        logger.info(
+            "EAS: without attentions, the merged model would need %.1f %% of the base's %s.",
+            100 * savings.left(savings.saved),
+            savings.unit,
+        )
+        return savings
 
     def _batch_loss(self, number: int) -> torch.Tensor:
         return self._reward_set.loss(number)

@@ -2,25 +2,23 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import textwrap
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from pickle import UnpicklingError
 from typing import Any, Literal
 
-import torch
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
+from .adapter_file import check_weights_file
 from .peft_type import add_peft_type
 from .values import is_finite, is_int, python_number
 
 PEFT_TYPE = add_peft_type()
-# With which PEFT starts the name of each weight of an adapter's file.
-KEY_PREFIX = "base_model.model."
+# What may take the place of `num_skip`, and between which values it lies.
+BUDGETS = {"max_loss_increase": (0.0, math.inf), "target_speedup": (1.0, math.inf), "target_kv_cache": (0.0, 1.0)}
 
 
 def _with_fields_explained(config_class: type) -> type:
@@ -91,6 +89,27 @@ class EASConfig(PeftConfig):
             "help": "How many MHAs the search (EASCallback) skips: from 0 to the number of targets, without those "
             "that `kept_modules` names. Default: as many as `skipped_modules` names; without that, none, and nothing "
             "is searched."
+        },
+    )
+    max_loss_increase: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `num_skip`: the search (EASCallback) skips as many MHAs as raise the loss on the "
+            "reward set by at most this share of it, such as 0.02, against nothing skipped."
+        },
+    )
+    target_speedup: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `num_skip`: the search skips the MHAs that cost the least loss and make the merged "
+            "model this many times as fast as the base, such as 1.15, by times measured on this machine."
+        },
+    )
+    target_kv_cache: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `num_skip`: the search skips the MHAs that cost the least loss and leave this share "
+            "of the base's KV cache, or less, such as 0.5."
         },
     )
     skipped_modules: list[str] | None = field(
@@ -217,7 +236,10 @@ class EASConfig(PeftConfig):
             if not allowed:
                 raise ValueError(f"EASConfig({name}={getattr(self, name)!r}): {name} must be {what}.")
 
-        for name in ("r", "attention_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"):
+        for name in (
+            *("r", "attention_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"),
+            *BUDGETS,
+        ):
             setattr(self, name, python_number(getattr(self, name)))
         require("r", is_int(self.r, 1), "an integer of at least 1")
         require("attention_r", is_int(self.attention_r, 0), "an integer of at least 0")
@@ -245,6 +267,14 @@ class EASConfig(PeftConfig):
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
+        for name, (low, high) in BUDGETS.items():
+            value = getattr(self, name)
+            what = f"a number above {low:g}{'' if high == math.inf else f' and below {high:g}'}, or None"
+            require(name, value is None or (is_finite(value) and low < value < high), what)
+        given = [name for name in ("num_skip", *BUDGETS) if getattr(self, name) is not None]
+        if len(given) > 1 and self.skipped_modules is None:
+            texts = (f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(f"EASConfig({', '.join(texts)}): how many MHAs are to be skipped takes one of these.")
         if self.scores is not None:
             is_right = isinstance(self.scores, dict) and all(
                 isinstance(name, str) and is_finite(python_number(score)) for name, score in self.scores.items()
@@ -267,6 +297,16 @@ class EASConfig(PeftConfig):
                 f"EASConfig: num_skip={self.num_skip} contradicts skipped_modules, which names {len(names)}. Give "
                 "num_skip for a search, or skipped_modules to go without one."
             )
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """Name and value of what takes the place of `num_skip`, if anything."""
+        return next(((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None), None)
+
+    @property
+    def is_to_skip(self) -> bool:
+        """Whether a search is to skip anything: there is a budget, or `num_skip` is above 0."""
+        return self.budget is not None or bool(self.num_skip)
 
     def note_skipped_modules(self, names: list[str]) -> None:
         """Takes note of the skip set in force, which a checkpoint that is saved during the search shall name."""
@@ -304,7 +344,7 @@ class EASConfig(PeftConfig):
                 another method's.
         """
         folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        _check_weights_file(folder)
+        check_weights_file(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if not isinstance(config, cls):
             raise ValueError(
@@ -312,41 +352,3 @@ class EASConfig(PeftConfig):
                 "it with PeftConfig.from_pretrained, or name the folder of an EAS adapter."
             )
         return config
-
-
-def _check_weights_file(folder: str) -> None:
-    """Checks the file that PEFT would read, if there is one."""
-    paths = (os.path.join(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
-    path = next(filter(os.path.isfile, paths), None)
-    if path is None:
-        return
-    kind = "safetensors" if path.endswith(SAFETENSORS_WEIGHTS_NAME) else "PyTorch"
-    try:
-        # By key, whether the numbers are of a floating-point type.
-        if kind == "safetensors":
-            with safe_open(path, framework="pt") as file:
-                floats = {key: file.get_slice(key).get_dtype().startswith(("F", "BF")) for key in file.keys()}  # noqa: SIM118
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            floats = {
-                key: isinstance(value, torch.Tensor) and value.is_floating_point() for key, value in weights.items()
-            }
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); it is truncated or not a {kind} file. Copy or download the adapter "
-            "again."
-        ) from error
-    advice = "Load it with the method that wrote it, or put the EAS adapter's own file in its place."
-    own = [key for key in floats if ".eas_" in key]
-    if not own:
-        found = ", ".join(list(floats)[:3]) or "no tensor at all"
-        raise ValueError(f"{path} holds no EAS adapter (no key with '.eas_'; it holds {found}). {advice}")
-    strange = [key for key in own if not key.startswith(KEY_PREFIX)]
-    if strange:
-        raise ValueError(
-            f"{path} holds EAS weights under names that do not start with {KEY_PREFIX!r}, such as {strange[0]}, so "
-            f"that PEFT would leave them out. {advice}"
-        )
-    strange = [key for key in own if not floats[key] and not key.endswith("num_contexts")]
-    if strange:
-        raise ValueError(f"{path} holds {strange[0]}, which is a weight, but no floating-point tensor. {advice}")

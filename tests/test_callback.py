@@ -13,6 +13,7 @@ from training import ARGUMENTS, NAMES, SCHEDULE, Sentences, Watcher, make_model,
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_eas import EASCallback, EASConfig
+from peft_eas.search.check import NUM_BATCHES
 
 # --- the course of a run -------------------------------------------------------------------------------------------
 
@@ -40,9 +41,15 @@ def test_rounds_compare_distinct_sets_at_their_steps(tmp_path):
     record = json.loads((tmp_path / "eas_search.json").read_text())
     assert [entry["step"] for entry in record["strategy"]["rounds"]] == [6, 8, 10, 12]
     assert all(len(set(entry["sets"])) == 3 for entry in record["strategy"]["rounds"])
-    # No other evaluation ran: the model has seen exactly the sets of the rounds.
+    # No other evaluation ran: the model has seen exactly the sets of the rounds, and at the end what was chosen.
     drawn = [text for entry in record["strategy"]["rounds"] for text in entry["sets"]]
-    assert watcher.in_evaluation == [tuple(NAMES[int(index)] for index in text.split()) for text in drawn]
+    seen = [tuple(NAMES[int(index)] for index in text.split()) for text in drawn]
+    assert watcher.in_evaluation == seen + [(), tuple(record["skipped_modules"])] * NUM_BATCHES
+    (measured,) = record["measured"]
+    assert measured["num_skip"] == 2
+    assert measured["deviation"] > 0.0
+    assert record["curve"]["num_skip"] == [0, 1, 2, 3, 4]
+    assert record["curve"]["increase"][0] == 0.0
 
 
 def test_the_log_of_training_holds_the_search(tmp_path):

@@ -12,7 +12,18 @@ import peft_eas
 ROOT = Path(peft_eas.__file__).parent
 # Each imports only from those before it, and from itself.
 ORDER = [
-    *("values", "version", "peft_type", "runtime", "architectures", "strategies", "folding", "config", "layers"),
+    *(
+        "values",
+        "version",
+        "peft_type",
+        "runtime",
+        "architectures",
+        "strategies",
+        "folding",
+        "adapter_file",
+        "config",
+        "layers",
+    ),
     *("injection", "reporting", "merging", "model", "search", "callback", "export"),
     *("card", "merged", "plots", "__init__", "cli", "__main__"),
 ]

@@ -15,6 +15,7 @@ from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_mod
 
 from peft_eas import EASCallback, EASSearch, Skippable
 from peft_eas.runtime.adapter import RoutedAdapter
+from peft_eas.search.check import NUM_BATCHES
 from peft_eas.search.schedule import SETTINGS
 from peft_eas.search.skippable import eas_of
 
@@ -190,7 +191,9 @@ def test_the_running_context_takes_ever_more_of_the_prompts_place() -> None:
         run.train([batch])
         between.append(calls[-1])
     assert shares[True] == pytest.approx([0.0] * 5 + [step / 12 for step in range(1, 12)] + [0.0] * 4)
-    assert shares[False] == pytest.approx([share for share in (2 / 12, 4 / 12, 6 / 12, 8 / 12) for _ in range(3)])
+    rewards, check = shares[False][:12], shares[False][12:]
+    assert rewards == pytest.approx([share for share in (2 / 12, 4 / 12, 6 / 12, 8 / 12) for _ in range(3)])
+    assert check == pytest.approx([8 / 12] * 2 * NUM_BATCHES)
     assert between == [0.0] * STEPS
 
 

@@ -215,13 +215,18 @@ def _misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], prefi
             yield f"it has {prefix}{key}, for which there is no place in the model"
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raises a ValueError if `model` lies in shards on several ranks, where nothing can be folded into it."""
+def sharded_parameter(model: nn.Module) -> str | None:
+    """Name of a parameter of `model` that lies in shards on several ranks, or None."""
     if not torch.distributed.is_available():
-        return
+        return None
     from torch.distributed.tensor import DTensor
 
-    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    return next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises a ValueError if `model` lies in shards on several ranks, where nothing can be folded into it."""
+    sharded = sharded_parameter(model)
     if sharded is not None:
         raise ValueError(
             f"The model is sharded by FSDP ({sharded} is a DTensor), and adapters are merged into whole weights only. "
@@ -244,7 +249,7 @@ def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
 def first_layer_note(config: EASConfig, model: nn.Module | None, candidates: Iterable[str]) -> str | None:
     """What to change for an export, where it takes the model but for a skip set that may hold the first attention."""
     first = "model.layers.0.self_attn"
-    searched = candidates if config.num_skip else ()
+    searched = candidates if config.is_to_skip else ()
     if type(model).__name__ not in EXPORTABLE or first not in (config.skipped_modules or searched):
         return None
     return (

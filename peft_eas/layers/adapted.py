@@ -90,7 +90,7 @@ class AdaptedLayer(EASLayer):
         if not self.could_use(adapter_name):
             return False
         if config.skipped_modules is None:
-            return bool(config.num_skip) or not self.stands_for_skipped
+            return config.is_to_skip or not self.stands_for_skipped
         return (self.candidate.name in config.skipped_modules) == self.stands_for_skipped
 
     def lacks_adapter(self, adapter_name: str, skip: bool) -> bool:

@@ -79,7 +79,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
     config, facts = eas.peft_config[name], origin(eas, name)
     saved = config.to_dict()["skipped_modules"] or ()  # within a step of a search the model may skip others
     skipped = [mha for mha in eas.candidates if mha in saved]
-    folder, is_over = Path(folder), config.skipped_modules is not None or not config.num_skip
+    folder, is_over = Path(folder), config.skipped_modules is not None or not config.is_to_skip
     auto_class, task = _auto_class(type(eas.model))
     count = f"{len(skipped)} of {len(facts['candidates'])}"
     share = 100 * facts["trainable_parameters"] / model.get_nb_trainable_parameters()[1]

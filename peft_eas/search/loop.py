@@ -1,7 +1,8 @@
 """`EASSearch`: the search in a training loop of your own. It knows nothing of Trainer."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +10,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..model import EASModel
-from ..strategies import STRATEGIES, AttentionBandit, Strategy, restored
+from ..strategies import Strategy, ThompsonSampling
 from ..strategies.bandit import Reward
+from ..strategies.goal import Goal
 from ..values import python_number
+from .check import checked_choice
+from .choice import goal_of, new_strategy, resumed_strategy
 from .evaluation import evaluation_mode, from_all_ranks, mean_over_ranks, preserved_random_state
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
+from .savings import Savings, count_kv_bytes, measure_time
 from .schedule import SETTINGS, FreezeAt, Schedule, StrategyName, check_settings, default_interval
 from .skippable import eas_of, needs_search
 
@@ -90,6 +95,9 @@ class EASSearch:
         freeze_context_at: when the context is frozen: "search_end" is at `search_steps`, even if nothing is searched;
             or a later step; or never (None), for a merge that keeps each prompt's own context.
         seed: of all that the search draws.
+        savings: what skipping each candidate saves, as `measure_time` or `count_kv_bytes` returns it, or a function
+            that returns it. Used with `EASConfig(target_speedup=...)` or `target_kv_cache`. Default: measured at the
+            shapes of the first of `batches`.
         state: what `state_dict` returned, to go on from as by `load_state_dict`. Given here, it also tells which of
             the settings are no longer to fit the run.
 
@@ -120,6 +128,7 @@ class EASSearch:
         score_temperature: float = 10.0,
         freeze_context_at: FreezeAt = "search_end",
         seed: int = 0,
+        savings: Savings | Callable[[], Savings] | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         given = locals()
@@ -137,6 +146,7 @@ class EASSearch:
         self.strategy: Strategy | None = None
         self._has_begun = False
         # Training losses since the last round, as (set, step, loss by rank).
+        self._measured_points: list[dict[str, float]] = []
         self._pending: list[tuple[list[str], int, torch.Tensor]] = []
         config = self.eas.active_config
         if (config.num_skip or 0) > len(self.eas.candidates):
@@ -146,7 +156,9 @@ class EASSearch:
             )
         self._skipped_modules = config.skipped_modules
         if needs_search(self.eas):
-            self.strategy = _new_strategy(settings, self.eas.candidates, config.num_skip, seed)
+            saved_goal = ((state or {}).get("strategy") or {}).get("goal")
+            goal = goal_of(config, partial(self._measured, savings)) if saved_goal is None else Goal(**saved_goal)
+            self.strategy = new_strategy(settings, self.eas.candidates, config.num_skip, goal, seed)
         if config.context != "prompt":  # nothing to freeze
             settings["freeze_context_at"] = None
         self._schedule = self._resumed_schedule(Schedule.of(settings, num_steps), state)
@@ -267,6 +279,8 @@ class EASSearch:
             "step": self.step,
             "strategy": None if self.strategy is None else self.strategy.state_dict(),
             "skipped_modules": self._skipped_modules,
+            "curve": self.strategy.curve() if isinstance(self.strategy, ThompsonSampling) else None,
+            "measured": self._measured_points,
             "pending": [[names, step, losses.tolist()] for names, step, losses in self._pending],
             "schedule": self._schedule._asdict(),
             "is_frozen": config.context == "running",
@@ -287,7 +301,10 @@ class EASSearch:
                 "EASConfig(skipped_modules=...)."
             )
         if saved is not None:
-            strategy = self._restored_strategy(saved)
+            num_skip = self.eas.active_config.num_skip
+            if num_skip is None and self._skipped_modules is not None:  # made with the MHAs that the search has found
+                num_skip = len(self._skipped_modules)
+            strategy = resumed_strategy(self.strategy, saved, self.eas.candidates, num_skip)
             if state["skipped_modules"] is None and not self.is_searching:
                 raise ValueError(
                     "The checkpoint is from the middle of a search, but this model's skip set is fixed already "
@@ -301,6 +318,7 @@ class EASSearch:
                 self._fix(state["skipped_modules"])
         self._schedule = self._resumed_schedule(self._schedule, state)
         self.step = state["step"]
+        self._measured_points = state.get("measured", [])
         self._pending = [(names, step, torch.tensor(losses)) for names, step, losses in state.get("pending", [])]
         self._end_step()
         # Earlier versions' states do not tell; there the schedule does.
@@ -308,31 +326,24 @@ class EASSearch:
             self.eas.freeze_context(is_resumed=True)
             self.eas.active_config.context_recorded = state.get("context_recorded", False)
 
-    def _restored_strategy(self, saved: dict[str, Any]) -> Strategy:
-        """The strategy that a state holds, whichever this search was made with, unless that is the user's own."""
-        present = self.strategy
-        if present is None or type(present) in STRATEGIES.values():
-            strategy = restored(saved)
-        else:
-            strategy = present
-            strategy.load_state_dict(saved)
-        num_skip = self.eas.active_config.num_skip
-        if num_skip is None:  # a model that was made with the MHAs that the search has found
-            num_skip = len(self._skipped_modules or ())
-        if strategy.candidates != list(self.eas.candidates) or strategy.num_skip != num_skip:
-            raise ValueError(
-                f"The saved search is for {strategy.num_skip} of {len(strategy.candidates)} candidates "
-                f"({', '.join(strategy.candidates)}), but this model asks for {num_skip} of "
-                f"{len(self.eas.candidates)} ({', '.join(self.eas.candidates)}). Resume with the model and EASConfig "
-                "that the search was started with, or start anew."
-            )
-        return strategy
-
     @staticmethod
     def _resumed_schedule(schedule: Schedule, state: dict[str, Any] | None) -> Schedule:
         if state is None or "schedule" not in state:  # as in earlier versions' states
             return schedule
         return schedule.resumed(Schedule(**state["schedule"]), state["step"])
+
+    def _measured(self, savings: Savings | Callable[[], Savings] | None) -> Savings:
+        if savings is not None:
+            return savings() if callable(savings) else savings
+        batch = None if self.batches is None else self.batches[0]
+        name, value = self.eas.active_config.budget
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"EASConfig({name}={value:g}) asks for savings, which are measured on a batch, but batches= has no "
+                "dictionaries of the model's arguments. Pass EASSearch(savings=measure_time(model, batch)) or "
+                "count_kv_bytes(model, batch)."
+            )
+        return (measure_time if name == "target_speedup" else count_kv_bytes)(self.model, batch)
 
     # --- the search ------------------------------------------------------------------------------------------------
 
@@ -341,15 +352,21 @@ class EASSearch:
         return dict(zip(self.strategy.candidates, self.strategy.scores))
 
     def _compare(self) -> None:
-        """A round of rewards: a few sets on one held-out batch.
+        """A round of rewards: a few sets on one held-out batch."""
+        self._pass_on_steps()
+        sets = self.strategy.sample_sets(self.num_candidates)
+        losses = self._losses(sets, len(self.strategy.rounds))
+        self.strategy.update(sets, losses, step=self.step)
+        self.eas.set_skipped_modules(self.strategy.best())
+        self.eas.active_config.note_scores(self._scores)
+
+    def _losses(self, sets: Sequence[Sequence[str]], number: int) -> list[float]:
+        """The loss with each set skipped, on held-out batch `number`.
 
         Modes, running contexts and random states are afterwards what they were.
         """
-        sets = self.strategy.sample_sets(self.num_candidates)
-        number = len(self.strategy.rounds)
         batch = number if self.batches is None else self.batches[number % len(self.batches)]
         losses = []
-        self._pass_on_steps()
         self._anneal_context(self._schedule.running_share(self.step))
         try:
             with preserved_random_state(self.seed + number), torch.no_grad(), evaluation_mode(self.model):
@@ -358,9 +375,7 @@ class EASSearch:
                     losses.append(self._checked_loss(batch))
         finally:
             self._end_step()
-        self.strategy.update(sets, mean_over_ranks(torch.stack(losses)), step=self.step)
-        self.eas.set_skipped_modules(self.strategy.best())
-        self.eas.active_config.note_scores(self._scores)
+        return mean_over_ranks(torch.stack(losses))
 
     def _pass_on_steps(self) -> None:
         """Tells the strategy of the training losses since the last round."""
@@ -384,9 +399,13 @@ class EASSearch:
         return loss.detach().float().reshape(())
 
     def _end_search(self) -> None:
-        self._fix(self.strategy.best())
+        self._pass_on_steps()
+        chosen = self.strategy.best()
+        if isinstance(self.strategy, ThompsonSampling):
+            chosen, self._measured_points = checked_choice(self.strategy, self._losses, self.step)
+        self._fix(chosen)
         self._schedule = self._schedule._replace(search_end=self.step)
-        tell_of_choice(self.strategy)
+        tell_of_choice(self.strategy, self._measured_points)
 
     def _fix(self, names: Sequence[str]) -> None:
         # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
@@ -438,11 +457,3 @@ class EASSearch:
                 "find_unused_parameters=True and static_graph=False (with accelerate: "
                 "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))."
             )
-
-
-def _new_strategy(settings: dict[str, Any], candidates: Sequence[str], num_skip: int, seed: int) -> Strategy:
-    strategy = STRATEGIES.get(settings["strategy"], settings["strategy"])
-    if strategy is AttentionBandit:
-        names = {"temperature": "score_temperature", "lr": "score_lr", "reward": "reward"}
-        return AttentionBandit(candidates, num_skip, seed=seed, **{own: settings[name] for own, name in names.items()})
-    return strategy(candidates, num_skip, seed=seed)

@@ -113,6 +113,10 @@ class RewardSet:
             self._number, self._loaded = number, self._batch(number)
         return self._loss(self._loaded)
 
+    def inputs(self, number: int) -> Any:
+        """This rank's batch of round `number`, on the model's device."""
+        return self.trainer._prepare_inputs(copy.copy(self._batch(number)))
+
     def _batch(self, number: int) -> Any:
         args = self.trainer.args
         size = min(args.eval_batch_size, len(self._order))

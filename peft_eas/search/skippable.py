@@ -84,4 +84,6 @@ def eas_of(model: nn.Module, caller: str, receiver: str) -> Skippable:
 def needs_search(eas: Skippable) -> bool:
     """Whether the active config leaves it to a search what is skipped."""
     config = eas.active_config
-    return config.skipped_modules is None and 0 < (config.num_skip or 0) < len(eas.candidates)
+    if config.skipped_modules is not None:
+        return False
+    return config.budget is not None or 0 < (config.num_skip or 0) < len(eas.candidates)

@@ -4,6 +4,7 @@ Source: Student-t noise and coefficients as scale mixtures of normals, fitted by
 Little and Taylor, "Robust Statistical Modeling Using the t Distribution" (JASA, 1989).
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,16 +13,17 @@ import numpy as np
 # the scale for all others.
 NOISE_FREEDOM, COST_FREEDOM = 10.0, 3.0
 ITERATIONS = 12
+NUM_KINDS = 3
 # What a set tells of the costs around the best set fades with the number of candidates in which the two differ,
 # because costs do not quite add up: its noise variance grows by this share of it for each.
 FADING = 0.3
 
 
 class Observations(NamedTuple):
-    """N losses. Losses of one group were taken on one batch, or close in time; a kind has a noise of its own.
+    """N losses. Losses of one group were taken on one batch, or close in time; a kind has its own level and noise.
 
-    `skipped` is (N, n), 1.0 where a candidate was skipped; `values` (N,) are log losses; `group` and `kind` (N,) count
-    from 0 without gaps, and a group is of one kind.
+    `skipped` is (N, n), 1.0 where a candidate was skipped; `values` (N,) are log losses; `group` (N,) counts
+    from 0 without gaps; `kind` (N,) is below `NUM_KINDS`, the same for a whole group.
     """
 
     skipped: np.ndarray
@@ -50,29 +52,36 @@ def prior(num: int) -> Posterior:
     return Posterior(np.zeros(num), np.eye(num), np.zeros(0), np.zeros(0))
 
 
-def fit(data: Observations, num_skip: int, hint: np.ndarray | None = None) -> Posterior:
+def fit(
+    data: Observations, choose: Callable[[np.ndarray], Sequence[int]], hint: np.ndarray | None = None
+) -> Posterior:
     """The posterior of the costs w in
 
         value = level of its kind + effect of its group + sum of w over the skipped + noise.
 
     Args:
         data: at least one loss.
-        num_skip: size of the sets that matter in the end.
+        choose: the indices of the best set for given costs.
         hint: (n,) what is expected of the costs beforehand, but for its scale, which is learned; its mean is 0.
     """
     num = data.skipped.shape[1]
-    kinds, groups = data.kind.max() + 1, data.group.max() + 1
+    kinds, groups = NUM_KINDS, data.group.max() + 1
     kind_of_group = np.zeros(groups, int)
     kind_of_group[data.group] = data.kind
     columns = [data.skipped, np.eye(kinds)[data.kind]]
     if hint is not None:
         columns.append(data.skipped @ hint[:, None])
     design = np.concatenate(columns, 1)
-    values = data.values - np.median(data.values)
+    # Each kind has a height of its own, which is put back in the end.
+    heights = np.array(
+        [np.median(data.values[data.kind == k]) if (data.kind == k).any() else 0.0 for k in range(kinds)]
+    )
+    values = data.values - heights[data.kind]
+    size = data.skipped.sum(1).mean()
 
     # Scales to start from, and to hold on to where the data are few.
     typical = _typical_spread(data, values)
-    start = typical**2 * num / max(1, num_skip * (num - num_skip))
+    start = typical**2 * num / max(1.0, size * (num - size))
     cost_scale, cost_variance = start, np.full(num, start)
     noise, between = np.full(kinds, (0.3 * typical) ** 2), np.full(kinds, typical**2)
     weight, nearness = np.ones(len(values)), np.ones(len(values))
@@ -116,12 +125,12 @@ def fit(data: Observations, num_skip: int, hint: np.ndarray | None = None) -> Po
         cost_scale = (num + 2) / (cost_precision.sum() + 2 / start)
         if iteration >= 2:
             best = np.zeros(num)
-            best[np.argsort(to_costs @ mean, kind="stable")[:num_skip]] = 1.0
+            best[choose(to_costs @ mean)] = 1.0
             nearness = 1.0 / (1.0 + FADING * np.abs(data.skipped - best).sum(1))
 
     variance = to_costs @ covariance @ to_costs.T
     root = np.linalg.cholesky(variance + 1e-9 * np.trace(variance) / num * np.eye(num))
-    level = mean[num : num + kinds] + np.median(data.values)
+    level = mean[num : num + kinds] + heights
     return Posterior(to_costs @ mean, root, level, np.sqrt(noise))
 
 

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from .goal import cheapest_first
+
 # Tries at drawing a set that is not drawn yet, before a round goes on with fewer sets.
 MAX_DRAWS = 100
 
@@ -23,7 +25,7 @@ class Strategy(ABC):
 
     Args:
         candidates: names of what may be skipped, in layer order.
-        num_skip: number k of candidates in a set.
+        num_skip: number k of candidates in a set; None where a strategy decides itself.
         seed: of all draws.
 
     Attributes:
@@ -36,11 +38,11 @@ class Strategy(ABC):
         ValueError: for a value out of range.
     """
 
-    def __init__(self, candidates: Sequence[str], num_skip: int, seed: int = 0) -> None:
+    def __init__(self, candidates: Sequence[str], num_skip: int | None, seed: int = 0) -> None:
         candidates = list(candidates)
         if not candidates or len(set(candidates)) < len(candidates):
             raise ValueError(f"candidates={candidates} must name at least one MHA, and each only once.")
-        if not 0 <= num_skip <= len(candidates):
+        if num_skip is not None and not 0 <= num_skip <= len(candidates):
             raise ValueError(
                 f"num_skip={num_skip} is out of range: there are {len(candidates)} candidates. Choose 0 to "
                 f"{len(candidates)}."
@@ -56,8 +58,8 @@ class Strategy(ABC):
     # --- what a strategy decides -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _draw(self, k: int) -> list[int]:
-        """A set of k candidates to try, as ascending indices."""
+    def _draw(self, k: int | None) -> list[int]:
+        """A set of k candidates to try, as ascending indices; k is None only where `num_skip` is."""
 
     @abstractmethod
     def _learn(self) -> None:
@@ -83,7 +85,7 @@ class Strategy(ABC):
         A round of one set says nothing about any other, so there is nothing to learn where k is 0 or all candidates.
         """
         k = self.num_skip if k is None else k
-        num = min(num, math.comb(len(self.candidates), k))
+        num = min(num, 2 ** len(self.candidates) if k is None else math.comb(len(self.candidates), k))
         sets: list[list[int]] = []
         for _ in range(MAX_DRAWS):
             if len(sets) == num:
@@ -134,7 +136,7 @@ class Strategy(ABC):
 
     def ranking(self) -> list[int]:
         """Indices of the candidates, the one to skip first at the front."""
-        return sorted(range(len(self.scores)), key=lambda i: (self.scores[i], i), reverse=True)
+        return cheapest_first([-score for score in self.scores])
 
     def mean_reward(self) -> float | None:
         """Mean of exp(−loss) over the sets of the last round, None before the first and if no loss was finite."""
@@ -198,8 +200,8 @@ class Strategy(ABC):
         self._num_draws += 1
         return generator
 
-    def _checked_draw(self, k: int) -> list[int]:
-        if not 0 <= k <= len(self.candidates):
+    def _checked_draw(self, k: int | None) -> list[int]:
+        if k is not None and not 0 <= k <= len(self.candidates):
             raise ValueError(f"A set of k={k} MHAs was asked for, of {len(self.candidates)} candidates.")
         return self._draw(k)
 

@@ -1,0 +1,72 @@
+"""What a search is to find, and the strategy that finds it: from the config, the settings, or a saved state."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..config import EASConfig
+from ..strategies import STRATEGIES, AttentionBandit, Strategy, ThompsonSampling, restored
+from ..strategies.goal import Goal
+from .savings import Savings
+
+
+def goal_of(config: EASConfig, measure: Callable[[], Savings]) -> Goal | None:
+    """What decides how many are skipped, where `num_skip` does not. `measure` is called where savings decide.
+
+    Raises:
+        ValueError: for a target that skipping all candidates does not reach.
+    """
+    if config.budget is None:
+        return None
+    name, value = config.budget
+    if name == "max_loss_increase":
+        return Goal("cost", math.log1p(value))
+    savings = measure()
+    amount = savings.for_speedup(value) if name == "target_speedup" else savings.for_share(value)
+    return Goal("saving", amount, tuple(savings.saved.values()))
+
+
+def new_strategy(
+    settings: dict[str, Any], candidates: Sequence[str], num_skip: int | None, goal: Goal | None, seed: int
+) -> Strategy:
+    """The strategy that the settings name.
+
+    Raises:
+        ValueError: for a goal, of which only Thompson sampling knows.
+    """
+    strategy = STRATEGIES.get(settings["strategy"], settings["strategy"])
+    if goal is not None:
+        if not issubclass(strategy, ThompsonSampling):
+            raise ValueError(
+                f"strategy={settings['strategy']!r} searches sets of num_skip attentions, and cannot decide how many. "
+                "Set EASConfig(num_skip=...), or strategy='thompson'."
+            )
+        return strategy(candidates, seed=seed, goal=goal)
+    if strategy is AttentionBandit:
+        names = {"temperature": "score_temperature", "lr": "score_lr", "reward": "reward"}
+        return AttentionBandit(candidates, num_skip, seed=seed, **{own: settings[name] for own, name in names.items()})
+    return strategy(candidates, num_skip, seed=seed)
+
+
+def resumed_strategy(
+    present: Strategy | None, saved: dict[str, Any], candidates: Sequence[str], num_skip: int | None
+) -> Strategy:
+    """The strategy of a saved state, whichever this search was made with, unless that is the user's own.
+
+    Raises:
+        ValueError: if it is for other candidates, or another number of them.
+    """
+    if present is None or type(present) in STRATEGIES.values():
+        strategy = restored(saved)
+    else:
+        strategy = present
+        strategy.load_state_dict(saved)
+    is_other_number = None not in (strategy.num_skip, num_skip) and strategy.num_skip != num_skip
+    if strategy.candidates != list(candidates) or is_other_number:
+        raise ValueError(
+            f"The saved search is for {strategy.num_skip} of {len(strategy.candidates)} candidates "
+            f"({', '.join(strategy.candidates)}), but this model asks for {num_skip} of {len(candidates)} "
+            f"({', '.join(candidates)}). Resume with the model and EASConfig that the search was started with, or "
+            "start anew."
+        )
+    return strategy
