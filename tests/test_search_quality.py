@@ -12,13 +12,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import build_model
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from examples.search_quality import tuned
 from examples.search_quality.methods import METHODS, WITHOUT_SEARCH, choices_at, evolution
 from examples.search_quality.minilm import Queries
-from examples.search_quality.problem import Problem, Set
+from examples.search_quality.problem import Problem, Set, problem_of
 from examples.search_quality.report import write_report
 from examples.search_quality.runs import KEY, read_runs, read_scores, run, score_sets
 from examples.search_quality.smollm2 import read_text
@@ -75,6 +76,20 @@ def test_scores_are_of_the_batches_held_out(tmp_path: Path) -> None:
     measured.clear()
     assert problem.search_score(()) == pytest.approx(sum(math.exp(0.1 * batch) for batch in range(6)) / 6)
     assert {batch for _, batch in measured} == set(range(6))
+
+
+def test_a_models_loss_is_that_without_the_attentions(tmp_path: Path) -> None:
+    base, dropped = build_model("llama").eval(), build_model("llama").eval()
+    for layer in (0, 2):
+        dropped.model.layers[layer].self_attn.o_proj.weight.data.zero_()
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.arange(1, 25).view(3, 1, 8)]
+    with torch.no_grad():
+        expected = [dropped(**batch).loss.item() for batch in batches]
+    problem = problem_of(base, batches, 1, tmp_path / "losses.jsonl", {}, task_type="CAUSAL_LM")
+    assert [problem.loss((0, 2), batch) for batch in range(3)] == pytest.approx(expected, abs=2e-6)
+    assert problem.score((0, 2)) == pytest.approx((expected[1] + expected[2]) / 2, abs=2e-6)
+    assert problem.loss((), 0) != problem.loss((0, 2), 0)
+    assert len(problem.similarities) == len(problem.candidates) == 4
 
 
 # --- methods -------------------------------------------------------------------------------------------------------

@@ -12,15 +12,14 @@ from transformers import PreTrainedModel
 
 from examples.meter.modeling_meter import MeterForVisualQuestionAnswering
 from examples.meter.tasks import meter_vqa
-from examples.search_quality.problem import Problem, Set
+from examples.search_quality.problem import Problem, problem_of
 from examples.shared.task import tune
-from peft_eas import EASCallback, EASConfig, attention_similarities
+from peft_eas import EASCallback, EASConfig
 
 NUM_SKIP = (3, 4, 5)
 CANDIDATES = r".*cross_modal_(text|image)_layers\.(1|4)\.(attention|crossattention)"
 BATCH = 16  # questions
 NUM_SEARCH, NUM_HELD_OUT = 30, 48
-CALIBRATION_BATCHES = 8
 
 
 def load_tuned(folder: Path) -> PreTrainedModel:
@@ -45,22 +44,6 @@ def problem(output_dir: Path) -> Problem:
         for data, count in ((task.reward, NUM_SEARCH), (task.test, NUM_HELD_OUT))
         for first in range(0, BATCH * count, BATCH)
     ]
-    config = EASConfig(target_modules=CANDIDATES, num_skip=1, r=1, groups=1, paths=1, attention_r=0, context="none")
-    model = get_peft_model(load_tuned(output_dir / "meter"), config).eval()
-    names = model.base_model.candidates
-    similarities = attention_similarities(model, batches[:CALIBRATION_BATCHES])
-
-    @torch.no_grad()
-    def measure(skipped: Set, batch: int) -> float:
-        model.base_model.set_skipped_modules([names[index] for index in skipped])
-        return model(**batches[batch]).loss.item()
-
-    return Problem(
-        names,
-        [similarities[name] for name in names],
-        measure,
-        NUM_SEARCH,
-        NUM_HELD_OUT,
-        output_dir / "meter_losses.jsonl",
-        {"model": "METER, small", "data": "VQA of easy-VQA", "candidates": CANDIDATES, "batch": BATCH},
-    )
+    settings = {"model": "METER, small", "data": "VQA of easy-VQA", "candidates": CANDIDATES, "batch": BATCH}
+    base, file = load_tuned(output_dir / "meter"), output_dir / "meter_losses.jsonl"
+    return problem_of(base, batches, NUM_SEARCH, file, settings, target_modules=CANDIDATES)

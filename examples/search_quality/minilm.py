@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.search_quality.problem import Problem, Set
+from examples.search_quality.problem import Problem, problem_of
 from examples.shared.banking77 import read_queries
-from peft_eas import EASConfig, attention_similarities
 
 NUM_SKIP = (2, 3)
 NUM_TRAIN = 5000
 BATCH = 16  # queries
 NUM_SEARCH, NUM_HELD_OUT = 48, 32
-CALIBRATION_BATCHES = 8
 MAX_TOKENS = 32
 HEAD_STEPS, HEAD_BATCH, HEAD_LEARNING_RATE = 800, 128, 2e-3
 
@@ -101,22 +98,6 @@ def problem(data: Path, output_dir: Path) -> Problem:
     queries = load_queries(data)
     samples = queries.search + queries.held_out[: BATCH * NUM_HELD_OUT]
     batches = [queries.collate(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
-    config = EASConfig(num_skip=1, r=1, groups=1, paths=1, attention_r=0, context="none")
-    model = get_peft_model(load_base(queries, output_dir / "minilm"), config).eval()
-    names = model.base_model.candidates
-    similarities = attention_similarities(model, batches[:CALIBRATION_BATCHES])
-
-    @torch.no_grad()
-    def measure(skipped: Set, batch: int) -> float:
-        model.base_model.set_skipped_modules([names[index] for index in skipped])
-        return model(**batches[batch]).loss.item()
-
-    return Problem(
-        names,
-        [similarities[name] for name in names],
-        measure,
-        NUM_SEARCH,
-        NUM_HELD_OUT,
-        output_dir / "minilm_losses.jsonl",
-        {"model": "all-MiniLM-L6-v2", "data": "BANKING77", "head_steps": HEAD_STEPS, "batch": BATCH},
-    )
+    settings = {"model": "all-MiniLM-L6-v2", "data": "BANKING77", "head_steps": HEAD_STEPS, "batch": BATCH}
+    base = load_base(queries, output_dir / "minilm")
+    return problem_of(base, batches, NUM_SEARCH, output_dir / "minilm_losses.jsonl", settings)

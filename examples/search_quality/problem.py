@@ -8,8 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.shared.json_lines import append_line, read_lines
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
 
+from examples.shared.json_lines import append_line, read_lines
+from peft_eas import EASConfig, attention_similarities
+
+CALIBRATION_BATCHES = 8  # of the search's, for the cosine similarities
 Set = tuple[int, ...]
 
 
@@ -74,6 +80,33 @@ class Problem:
 
     def _mean(self, skipped: Set, batches: range) -> float:
         return statistics.fmean(self.loss(skipped, batch) for batch in batches)
+
+
+def problem_of(
+    base: PreTrainedModel,
+    batches: Sequence[dict[str, Any]],
+    num_search: int,
+    file: Path,
+    settings: dict[str, Any],
+    **eas: Any,
+) -> Problem:
+    """The problem of what `base` loses, as it is, by attentions that are dropped: untrained adapters are the identity.
+
+    Args:
+        batches: with labels; the first `num_search` are for searches. eas: further arguments of `EASConfig`.
+    """
+    config = EASConfig(num_skip=1, r=1, groups=1, paths=1, attention_r=0, context="none", **eas)
+    model = get_peft_model(base, config).eval()
+    names = model.base_model.candidates
+    similarities = attention_similarities(model, batches[: min(CALIBRATION_BATCHES, num_search)])
+
+    @torch.no_grad()
+    def measure(skipped: Set, batch: int) -> float:
+        model.base_model.set_skipped_modules([names[index] for index in skipped])
+        return model(**batches[batch]).loss.item()
+
+    num_held_out = len(batches) - num_search
+    return Problem(names, [similarities[name] for name in names], measure, num_search, num_held_out, file, settings)
 
 
 def mask_of(skipped: Set) -> int:
