@@ -4,7 +4,6 @@ Exit codes: 0; 1 with one sentence for what the library refuses or does not find
 """
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -22,8 +21,8 @@ from transformers.utils import find_adapter_config_file
 from .config import EASConfig
 from .export import to_gguf, to_vllm
 from .reporting.card import AUTO_CLASSES, write_adapter_card, write_merged_card
-from .reporting.plots import draw_skip_map, plot_search_curve, plot_skip_map
-from .reporting.provenance import hub_id_of, is_same_mha
+from .reporting.plots import plot_loss_curve, plot_result, plot_search_curve, plot_skip_map, read_search
+from .reporting.provenance import hub_id_of
 from .reporting.summary import eas_summary
 
 # The Auto classes that load a base for each of PEFT's task types.
@@ -87,13 +86,16 @@ def _summary(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     folder = options.output_dir or (options.path if options.path.is_dir() else options.path.parent)
     try:
-        print(plot_skip_map(options.path, folder / "skip_map.png"))
-    except FileNotFoundError:  # an adapter or a merged model keeps the scores, but not the course of the search
-        candidates, skipped, scores = _result_of_search(options.path)
-        print(draw_skip_map(candidates, skipped, scores, folder / "skip_map.png"))
+        search = read_search(options.path)
+    except FileNotFoundError:  # an adapter or a merged model keeps what was found, but not the course of the search
+        for picture in plot_result(options.path, folder):
+            print(picture)
         _tell("No search curve: only the output_dir of the run and its checkpoints know the course of the search.")
-    else:
-        print(plot_search_curve(options.path, folder / "search_curve.png", options.values))
+        return
+    print(plot_skip_map(options.path, folder / "skip_map.png"))
+    print(plot_search_curve(options.path, folder / "search_curve.png", options.values))
+    if search.result.curve is not None:
+        print(plot_loss_curve(options.path, folder / "loss_curve.png"))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -203,25 +205,6 @@ def _auto_class(
     return fallback
 
 
-def _result_of_search(path: Path) -> tuple[list[str], list[str], dict[str, float]]:
-    """Candidates, skipped MHAs and scores, as an adapter's or a merged model's config keeps them."""
-    if (path / "adapter_config.json").is_file():
-        config = EASConfig.from_pretrained(str(path))
-        scores, skipped = config.scores, config.skipped_modules or []
-    else:
-        file = path / "config.json"
-        record = json.loads(file.read_text(encoding="utf-8")).get("eas") if file.is_file() else None
-        scores = ((record or {}).get("origin") or {}).get("scores")
-        deleted = (record or {}).get("skipped", ())
-        skipped = [name for name in scores or () if any(is_same_mha(name, path) for path in deleted)]
-    if not scores:
-        raise ValueError(
-            f"{path} holds no result of a search. Name the output_dir of a run with EASCallback that searched, one of "
-            "its checkpoints, its eas_search.json, or an adapter or merged model that came from it."
-        )
-    return list(scores), skipped, scores
-
-
 def _copy_processing_files(source: str, out: Path) -> None:
     folder = Path(source)
     if not folder.is_dir():
@@ -294,10 +277,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "plot",
         _plot,
-        "draw which attentions are skipped, and the course of the search",
+        "draw which attentions are skipped, the course of the search, and what skipping costs",
         "peft-eas plot outputs/checkpoint-500 --output-dir pictures",
-        "Writes skip_map.png and search_curve.png. An adapter or a merged model gives the map alone, as it keeps the "
-        "scores and not their course.",
+        "Writes skip_map.png, search_curve.png, and loss_curve.png, which the bandit does not have. An adapter or a "
+        "merged model gives no search_curve.png, as it keeps what was found, and not how.",
     )
     plot.add_argument(
         "path",
@@ -310,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "--values",
         choices=("scores", "probabilities"),
         default="scores",
-        help="what the curve shows (default: scores)",
+        help="of the bandit: what the search curve shows (default: scores)",
     )
 
     export = commands.add_parser(

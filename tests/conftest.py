@@ -3,6 +3,7 @@
 Set PEFT_EAS_TEST_DEVICE to run everything on another device, such as "cuda".
 """
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -114,6 +115,25 @@ _MHA_NAMES = {
 _TASKS = {"bert": "SEQ_CLS", "vit": None}
 
 
+@pytest.fixture
+def pictures() -> None:
+    """For tests of a card's picture; see `cards_without_pictures`."""
+
+
+@pytest.fixture(autouse=True)
+def cards_without_pictures(request, monkeypatch) -> None:
+    """Cards come as without matplotlib, where a test does not ask for `pictures`.
+
+    A picture takes as long as it takes to merge a tiny model and to save all else of it.
+    """
+
+    def no_matplotlib(*_: object) -> None:
+        raise ImportError
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("peft_eas.reporting.card.draw_skip_map", no_matplotlib)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the tests run."""
@@ -217,6 +237,12 @@ def skip_unless_stock_can(run: Callable[[], object]) -> None:
         run()
     except Exception as error:  # whatever it is, it is not ours
         pytest.skip(f"the stock model fails here as well: {type(error).__name__}: {error}"[:200])
+
+
+def pytest_collection_finish() -> None:
+    """Takes from the garbage collector, which each run of Trainer calls, all that is imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

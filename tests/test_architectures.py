@@ -5,7 +5,6 @@ What holds for any architecture (training, resuming, bad input, ...) is tested e
 
 import inspect
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +16,7 @@ from conftest import difference
 from families import ARCHITECTURES, KEYS, SKIPS, SPECIAL_TOKENS, Family, candidates, labelled, make, output
 from hub_metadata import metadata_problems
 from peft import PeftModel, get_peft_model
+from processes import run_alone
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -24,6 +24,7 @@ from peft_eas import ARCHITECTURES as TABLE
 from peft_eas import Architecture, EASConfig
 from peft_eas.architectures import at_path, find_mhas
 from peft_eas.layers import FFNLayer, MHALayer
+from peft_eas.reporting.card import PICTURE
 from peft_eas.runtime.merged import merged_model_class
 
 NAMES = list(ARCHITECTURES)
@@ -318,6 +319,7 @@ def test_self_and_cross_attention_in_front_of_one_ffn_are_skipped_each_alone():
         ("vilt", "AutoModelForVisualQuestionAnswering"),
     ],
 )
+@pytest.mark.usefixtures("pictures")
 def test_the_card_names_the_auto_class_that_loads_all_of_the_model(name, auto, tmp_path):
     family = ARCHITECTURES[name]
     merged = merge(make(family, "some"), "running")
@@ -325,6 +327,7 @@ def test_the_card_names_the_auto_class_that_loads_all_of_the_model(name, auto, t
     card = (tmp_path / "README.md").read_text()
     assert f"{auto}.from_pretrained" in card
     assert metadata_problems(card) == ([], [])
+    assert (tmp_path / PICTURE).stat().st_size > 0
     inputs = family.make_inputs()
     loaded = getattr(transformers, auto).from_pretrained(tmp_path)
     assert torch.equal(output(loaded, inputs), output(merged, inputs))
@@ -454,8 +457,11 @@ def test_several_threads_run_one_model_each_with_its_own_prompt(name):
 
 
 def test_compiled_blocks_that_are_not_given_the_prompt_know_it_too():
-    family = ARCHITECTURES["falcon"]
+    config = ARCHITECTURES["falcon"].config()
+    config.num_hidden_layers = 2  # each takes seconds to compile
+    family = replace(ARCHITECTURES["falcon"], config=lambda: config)
     model = make(family, "some", "prompt")
+    assert len(model.base_model.skipped_modules) == 1
     inputs = labelled(family, family.make_inputs())
     inputs["attention_mask"][0, -3:] = 0
     expected = output(model, inputs)
@@ -629,6 +635,4 @@ def test_checkpoints_of_all_families_load_without_the_package(context, tmp_path)
         implementation = getattr(family.build().config, "_experts_implementation", None)
         torch.save((inputs, output(merged, inputs), autos[0], KEYS, implementation), folder / "expected.pt")
         folders.append(str(folder))
-    run = [sys.executable, "-c", _WORKER, *folders]
-    result = subprocess.run(run, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_alone(_WORKER, *folders, folder=tmp_path)

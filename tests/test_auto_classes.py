@@ -1,13 +1,11 @@
 """Whoever has imported the package loads merged models of every type that the Auto classes know."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
 from conftest import IMAGE_TOKEN, VOCAB
 from peft import get_peft_model
+from processes import run_alone
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -98,9 +96,7 @@ def test_merged_models_of_any_type_load_with_the_import_alone(tmp_path):
         merged.save_pretrained(tmp_path / name)
         torch.save((inputs, expected), tmp_path / name / "expected.pt")
         arguments += [str(tmp_path / name), auto_class]
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_alone(SCRIPT, *arguments, folder=tmp_path)
 
 
 def test_every_type_that_the_auto_classes_know_has_a_merged_one():

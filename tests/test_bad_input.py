@@ -512,16 +512,22 @@ class Flattened(nn.Module):
         return self.inner(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
+def llama_with(ffn: type[nn.Module], device: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A Llama whose FFNs stand inside an `ffn`, and the table's row for its blocks."""
+    base = build_model("llama", device)
+    for block in base.model.layers:
+        block.mlp = ffn(block.mlp)
+    projections = ("mlp.inner.gate_proj", "mlp.inner.up_proj")
+    row = replace(ARCHITECTURES["LlamaDecoderLayer"], ffn="mlp.inner", ffn_projections=projections, branch=None)
+    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
+    return base
+
+
 @pytest.mark.parametrize("context", ["prompt", "running"])
 def test_an_ffn_that_flattens_its_tokens_is_as_good_as_one_that_does_not(context, device, monkeypatch):
     inputs = make_inputs("llama", device)
     expected = logits(make_eas("llama", device, [0, 2], context), inputs)
-    base = build_model("llama", device)
-    for block in base.model.layers:
-        block.mlp = Flattened(block.mlp)
-    projections = ("mlp.inner.gate_proj", "mlp.inner.up_proj")
-    row = replace(ARCHITECTURES["LlamaDecoderLayer"], ffn="mlp.inner", ffn_projections=projections, branch=None)
-    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
+    base = llama_with(Flattened, device, monkeypatch)
     assert difference(logits(add_eas(base, "llama", [0, 2], context), inputs), expected) <= 1e-5
 
 
@@ -535,12 +541,7 @@ class OnePart(Flattened):
 
 @pytest.mark.parametrize("context", ["prompt", "running"])
 def test_an_ffn_that_is_given_some_of_the_tokens(context, device, monkeypatch):
-    base = build_model("llama", device)
-    for block in base.model.layers:
-        block.mlp = OnePart(block.mlp)
-    projections = ("mlp.inner.gate_proj", "mlp.inner.up_proj")
-    row = replace(ARCHITECTURES["LlamaDecoderLayer"], ffn="mlp.inner", ffn_projections=projections, branch=None)
-    monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
+    base = llama_with(OnePart, device, monkeypatch)
     model = add_eas(base, "llama", [], context, num_skip=1, skipped_modules=None, warm=False)
     with Unchanged(model, "llama"):
         model.set_skipped_modules(mha_names("llama", [1]))

@@ -3,7 +3,6 @@
 import ast
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import transformers
 from conftest import ALL, SKIPS, add_eas, build_model, logits, make_eas, make_inputs, mha_names
 from peft import get_peft_model
+from processes import run_alone
 from safetensors.torch import load_file, save_file
 from test_merge import auto_class, load_strictly
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,6 +82,7 @@ _WORKER = """
 import json, sys, torch, transformers
 package, *jobs = json.loads(sys.argv[1])
 if package:
+    sys.modules["matplotlib.figure"] = None  # as `cards_without_pictures` of conftest.py
     import peft_eas
 options = {} if package else {"trust_remote_code": True}
 for folder, auto, again in jobs:
@@ -103,14 +104,6 @@ if not package:
 """
 
 
-def in_another_process(package, jobs, folder):
-    result = subprocess.run(
-        [sys.executable, "-c", _WORKER, json.dumps([package, *jobs])],
-        capture_output=True, text=True, timeout=900, cwd=folder,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
 @pytest.mark.parametrize("package", [True, False], ids=["with the package", "without"])
 def test_in_another_process(package, saved, tmp_path):
     """Bit-equal, and once more after having been saved there."""
@@ -119,7 +112,7 @@ def test_in_another_process(package, saved, tmp_path):
         for context in CONTEXTS:
             folder, auto = saved(name, context)
             jobs.append([str(folder), auto, str(tmp_path / f"{name}-{context}")])
-    in_another_process(package, jobs, tmp_path)
+    run_alone(_WORKER, json.dumps([package, *jobs]), folder=tmp_path)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -384,13 +377,9 @@ def test_the_code_file_is_gone(name, copied, tmp_path):
     folder, auto = copied(name)
     (folder / CODE_FILE).unlink()
     auto.from_pretrained(folder)  # the package needs no such file
-    result = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_CODE, str(folder), auto.__name__],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    assert "trust_remote_code=True" in result.stdout
-    assert CODE_FILE in result.stdout
+    printed = run_alone(_WITHOUT_CODE, folder, auto.__name__, folder=tmp_path)
+    assert "trust_remote_code=True" in printed
+    assert CODE_FILE in printed
 
 
 def test_ranks_other_than_the_first_write_nothing(tmp_path, device):

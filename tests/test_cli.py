@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
 import transformers
 from conftest import add_eas, build_model, difference, logits, make_inputs, mha_names
 from peft import LoraConfig, get_peft_model
+from processes import run_alone
 from tokenizers import Tokenizer, models
 from training import SCHEDULE, make_model, make_trainer
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +24,7 @@ from peft_eas import EASCallback, EASConfig, eas_summary
 from peft_eas.cli import main
 
 ROOT = Path(__file__).parents[1]
+OLD_SEARCH = Path(__file__).parent / "old_artefacts" / "eas_search.json"
 AUTO = {
     "llama": "AutoModelForCausalLM",
     "bert": "AutoModelForSequenceClassification",
@@ -44,13 +47,22 @@ def save_tokenizer(folder: Path, words: int) -> PreTrainedTokenizerFast:
 class Saved:
     """The base and an adapter of a family, in folders, with what they must say."""
 
-    def __init__(self, family: str, folder: Path, skip: tuple[int, ...] = (1, 3), num_labels: int | None = None):
+    def __init__(
+        self,
+        family: str,
+        folder: Path,
+        skip: tuple[int, ...] = (1, 3),
+        num_labels: int | None = None,
+        context: str = "running",
+        model_class: str | None = None,
+        **options: Any,
+    ):
         self.family, self.base, self.adapter, self.out = family, folder / "base", folder / "adapter", folder / "out"
         self.auto_class = getattr(transformers, AUTO[family])
-        build_model(family).save_pretrained(self.base)
+        build_model(family, model_class=model_class).save_pretrained(self.base)
         labels = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         base = self.auto_class.from_pretrained(self.base, **labels)
-        model = add_eas(base, family, list(skip), "running", **HEAD.get(family, {}))
+        model = add_eas(base, family, list(skip), context, **{**HEAD.get(family, {}), **options})
         if family == "llama":
             model.peft_config["default"].scores = SCORES
         self.inputs = make_inputs(family, "cpu")
@@ -127,30 +139,17 @@ def test_merge_in_another_dtype(llama):
 
 
 def test_merge_keeps_the_adapters_for_each_prompt(tmp_path):
-    build_model("llama").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = add_eas(base, "llama", [1, 3])
-    inputs = make_inputs("llama", "cpu")
-    expected = logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    arguments = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), "--context", "prompt"]
-    assert main(arguments) == 0
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert difference(logits(merged, inputs), expected) < 1e-5
+    saved = Saved("llama", tmp_path, context="prompt")
+    assert saved.merge("--context", "prompt") == 0
+    assert saved.difference() < 1e-5
 
 
 def test_merge_takes_the_base_from_another_class_than_the_one_it_was_saved_from(tmp_path):
     """A masked language model tuned as a classifier with a head of seven classes."""
-    build_model("bert", model_class="BertForMaskedLM").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=7)
-    model = add_eas(base, "bert", [0, 2], "running", modules_to_save=["classifier", "pooler"])
-    inputs = make_inputs("bert", "cpu")
-    expected = logits(model, inputs)
-    model.save_pretrained(tmp_path / "adapter")
-    arguments = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), "--num-labels", "7"]
-    assert main(arguments) == 0
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert difference(logits(merged, inputs), expected) < 1e-5
+    changes = {"model_class": "BertForMaskedLM", "modules_to_save": ["classifier", "pooler"]}
+    saved = Saved("bert", tmp_path, num_labels=7, **changes)
+    assert saved.merge("--num-labels", "7") == 0
+    assert saved.difference() < 1e-5
 
 
 def test_a_head_of_another_size_is_told(tmp_path, capsys):
@@ -283,19 +282,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("source", [".", "eas_search.json", "checkpoint-20"])
-def test_plot_draws_map_and_curve(run, source, tmp_path, capsys):
+def test_plot_draws_every_picture_that_there_is(run, source, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert main(["plot", str(run / source), "--output-dir", str(tmp_path), "--values", "probabilities"]) == 0
-    pictures = [tmp_path / "skip_map.png", tmp_path / "search_curve.png"]
+    assert main(["plot", str(run / source), "--output-dir", str(tmp_path)]) == 0
+    pictures = [tmp_path / name for name in pictures_of(run)]
     assert capsys.readouterr().out.splitlines() == list(map(str, pictures))
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def pictures_of(run: Path) -> list[str]:
+    has_curve = json.loads((run / "eas_search.json").read_text()).get("curve") is not None
+    return ["skip_map.png", "search_curve.png", *(["loss_curve.png"] if has_curve else [])]
+
+
+def test_plot_draws_a_curve_and_the_bandits_probabilities(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    record = json.loads((run / "eas_search.json").read_text())
+    flat = {"num_skip": [0, 1, 2, 3, 4], "increase": [0.0, 0.1, 0.2, 0.3, 0.4], "deviation": [0.1] * 5}
+    (tmp_path / "eas_search.json").write_text(json.dumps({**record, "curve": flat, "measured": []}))
+    assert main(["plot", str(tmp_path)]) == 0
+    names = ["skip_map.png", "search_curve.png", "loss_curve.png"]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
+    assert main(["plot", str(run), "--output-dir", str(tmp_path), "--values", "probabilities"]) == 1
+    assert "values='probabilities' is for the bandit" in sentence(capsys)
+    shutil.copy(OLD_SEARCH, tmp_path / "eas_search.json")
+    assert main(["plot", str(tmp_path), "--values", "probabilities"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names[:2]]
 
 
 def test_plot_writes_beside_what_it_reads(run, tmp_path):
     pytest.importorskip("matplotlib")
     shutil.copy(run / "eas_search.json", tmp_path)
     assert main(["plot", str(tmp_path / "eas_search.json")]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"eas_search.json", "skip_map.png", "search_curve.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"eas_search.json", *pictures_of(run)}
 
 
 @pytest.mark.parametrize("kind", ["adapter", "out"])
@@ -304,10 +323,31 @@ def test_plot_of_an_adapter_or_a_merged_model_gives_the_map(llama, kind, monkeyp
     llama.merge()
     capsys.readouterr()
     seen = []
-    monkeypatch.setattr("peft_eas.cli.draw_skip_map", lambda *arguments: seen.append(arguments) or arguments[-1])
+    draw = "peft_eas.reporting.plots.result.draw_skip_map"
+    monkeypatch.setattr(draw, lambda *arguments, unit: seen.append((*arguments, unit)) or arguments[-1])
     assert main(["plot", str(getattr(llama, kind)), "--output-dir", str(tmp_path)]) == 0
     names = mha_names("llama")
-    assert seen == [(names, [names[1], names[3]], SCORES, tmp_path / "skip_map.png")]
+    assert seen == [(names, [names[1], names[3]], SCORES, tmp_path / "skip_map.png", "score")]
+    assert "No search curve" in capsys.readouterr().err
+
+
+def test_plot_of_a_merged_model_gives_what_was_found(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    names = [f"model.layers.{i}.self_attn" for i in range(12)]
+    curve = {"num_skip": [0, 1, 2], "increase": [0.0, 0.1, 0.2], "deviation": [0.1] * 3}
+    origin = {"candidates": names, "scores": {name: -0.5 * i for i, name in enumerate(names)}}
+    origin["search"] = {"strategy": "ThompsonSampling", "curve": curve}
+    # As transformers writes it: in the order of the alphabet.
+    text = json.dumps({"eas": {"skipped": names[:2], "origin": origin}}, sort_keys=True)
+    (tmp_path / "config.json").write_text(text)
+    seen = []
+    draw = "peft_eas.reporting.plots.result.draw_skip_map"
+    monkeypatch.setattr(draw, lambda *arguments, unit: seen.append((*arguments, unit)) or arguments[-1])
+    assert main(["plot", str(tmp_path)]) == 0
+    candidates, skipped, costs, _, unit = seen[0]
+    assert (candidates, skipped, unit) == (names, names[:2], "log loss")
+    assert [costs[name] for name in names[:3]] == pytest.approx([-0.25, 0.25, 0.75])
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "No search curve" in capsys.readouterr().err
 
 
@@ -380,25 +420,19 @@ def test_every_command_has_help_with_an_example_that_it_takes(command, capsys):
     _parser().parse_args(example[1:])
 
 
-def as_user(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+def test_as_a_module_with_exit_codes(llama, tmp_path):
+    as_module = "import runpy; runpy.run_module('peft_eas', run_name='__main__')"
+    assert run_alone(as_module, "merge", "base", "adapter", "out", folder=tmp_path) == "out\n"
+    assert llama.difference() < 1e-5
+    process = subprocess.run(
+        [sys.executable, "-m", "peft_eas", "summary", "base"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-
-
-def test_as_a_module_with_exit_codes(llama, tmp_path):
-    process = as_user("-m", "peft_eas", "merge", "base", "adapter", "out", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "out\n"
-    assert llama.difference() < 1e-5
-    process = as_user("-m", "peft_eas", "summary", "base", cwd=tmp_path)
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
     assert process.stderr.splitlines()[-1].startswith("peft-eas summary: base holds neither")

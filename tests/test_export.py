@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import merged_smollm2
@@ -18,6 +17,7 @@ import torch
 import transformers
 from conftest import add_eas, build_model, make_eas, mha_names
 from peft import LoraConfig, get_peft_model
+from processes import run_alone
 from safetensors.torch import load_file
 from tokenizers import (
     AddedToken,
@@ -512,7 +512,7 @@ def test_a_value_too_large_for_float16_leaves_nothing(tokenizer, tmp_path):
 
 def test_gguf_is_needed_for_to_gguf_only(tokenizer, tmp_path, monkeypatch):
     code = "import sys, peft_eas, peft_eas.export; sys.exit('gguf' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    run_alone(code, folder=tmp_path)
     find = importlib.util.find_spec
     monkeypatch.setattr("peft_eas.export.gguf_file.find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(ImportError, match=r"pip install gguf"):

@@ -1,7 +1,9 @@
 """The command for rented GPUs, rehearsed on the CPU: what could fail there for no reason of the GPU fails here."""
 
+import importlib
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -17,7 +19,16 @@ def case_records(folder):
     return [record for record in map(json.loads, lines) if record["case"]]
 
 
-def test_every_part_runs_at_tiny_sizes_and_none_twice(tmp_path):
+def run_here(monkeypatch, *options):
+    """As `run`, but in this process, which has imported everything already."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    monkeypatch.setattr("sys.argv", ["run.py", *options])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    importlib.import_module("examples.gpu.run").main()
+
+
+def test_every_part_runs_at_tiny_sizes_and_none_twice(tmp_path, monkeypatch):
     command = ("gpu.run", "--device", "cpu", "--quick", "--output-dir", str(tmp_path))
     printed = run(*command)
     parts = json.loads((tmp_path / "figures.json").read_text())["parts"]
@@ -35,14 +46,14 @@ def test_every_part_runs_at_tiny_sizes_and_none_twice(tmp_path):
     assert (tmp_path / "speed_up.png").stat().st_size > 10_000
 
     before = case_records(tmp_path)
-    run(*command)
+    run_here(monkeypatch, *command[1:])
     assert case_records(tmp_path) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_rehearsal_is_named():
-    with pytest.raises(AssertionError, match=r"no CUDA GPU here.*--device cpu --quick"):
-        run("gpu.run")
+def test_without_a_gpu_the_rehearsal_is_named(monkeypatch):
+    with pytest.raises(SystemExit, match=r"no CUDA GPU here.*--device cpu --quick"):
+        run_here(monkeypatch)
 
 
 def fail():

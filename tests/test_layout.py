@@ -81,7 +81,7 @@ def test_modules_are_short():
             *("InputAdapter", "PropagationAdapter", "Skippable", "attention_similarities", "eas_summary"),
         ],
         "peft_eas.merged": ["register_family"],
-        "peft_eas.plots": ["plot_search_curve", "plot_skip_map"],
+        "peft_eas.plots": ["plot_loss_curve", "plot_search_curve", "plot_skip_map"],
         "peft_eas.card": ["record_speed"],
         "peft_eas.export": ["to_gguf", "to_vllm"],
     }.items(),

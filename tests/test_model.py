@@ -641,6 +641,15 @@ def test_the_running_context_stays_float32_in_a_half_precision_model(device):
 # --- one path --------------------------------------------------------------------------------------------------------
 
 
+def with_another_prompt(inputs):
+    """Inputs whose prompt is their first token alone, if they have tokens."""
+    if "input_ids" not in inputs:
+        return inputs
+    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    mask[:, 0] = True
+    return {**inputs, "eas_prompt_mask": mask}
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "vit"])
 def test_without_a_router_only_skipped_mhas_ask_for_the_prompt(family, device):
     """With nothing skipped, another prompt mask changes nothing and nothing is recorded; merging is exact."""
@@ -648,10 +657,7 @@ def test_without_a_router_only_skipped_mhas_ask_for_the_prompt(family, device):
     model = make_eas(family, device, [], paths=1)
     assert not any("running_context" in name or "router" in name for name in model.state_dict())
     expected = logits(model, inputs)
-    if family != "vit":
-        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        mask[:, 0] = True
-        assert torch.equal(logits(model, {**inputs, "eas_prompt_mask": mask}), expected)
+    assert torch.equal(logits(model, with_another_prompt(inputs)), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.freeze_context()
@@ -707,10 +713,7 @@ def test_without_a_context_nothing_asks_for_the_prompt(family, device, tmp_path)
     parts = ("context_down", "router", "running_context", "num_contexts", "up.1")
     assert not [name for name in model.state_dict() if any(part in name for part in parts)]
     expected = logits(model, inputs)
-    if family != "vit":
-        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        mask[:, 0] = True
-        assert torch.equal(logits(model, {**inputs, "eas_prompt_mask": mask}), expected)
+    assert torch.equal(logits(model, with_another_prompt(inputs)), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.freeze_context()

@@ -5,14 +5,13 @@ not, since importing it must not be what makes the error.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
 from conftest import ALL, FAMILIES, SKIPS, build_model, difference, logits, make_eas, make_inputs
 from peft import PeftModel, get_peft_model
+from processes import run_alone
 from safetensors.torch import load_file
 from test_merge import auto_class, load_strictly
 
@@ -191,12 +190,8 @@ def test_without_the_package(checkpoints):
         ("gpt2", "GPT2Model"),
     ]
     argument = json.dumps([(name, str(checkpoints(family, "half"))) for family, name in cases])
-    result = subprocess.run(
-        [sys.executable, "-c", _SUBPROCESS, argument],
-        capture_output=True, text=True, timeout=300, cwd=checkpoints("llama", "half"), stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    for (family, name), message in zip(cases, json.loads(result.stdout.splitlines()[-1])):
+    printed = run_alone(_SUBPROCESS, argument, folder=checkpoints("llama", "half"))
+    for (family, name), message in zip(cases, json.loads(printed.splitlines()[-1])):
         # An Auto class and a pipeline name the way without the package; a stock class meets the lock.
         is_stock = name[0].isupper() and not name.startswith("Auto")
         assert ("Install peft_eas from its repository" if is_stock else "trust_remote_code=True") in message, (

@@ -6,8 +6,6 @@ models said in expected.safetensors.
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 import transformers
 from conftest import FAMILIES, build_model, difference, logits, make_inputs
 from peft import PeftModel
+from processes import run_alone
 from safetensors.torch import load_file, save_file
 from training import SCHEDULE, make_trainer
 
@@ -51,8 +50,7 @@ def test_a_merged_model_by_the_code_that_lies_beside_it(tmp_path):
         "assert 'peft_eas' not in sys.modules\n"
     )
     save_file({"ids": make_inputs("llama", "cpu")["input_ids"]}, tmp_path / "ids.safetensors")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_alone(code, folder=tmp_path)
     assert difference(load_file(tmp_path / "logits.safetensors")["logits"], EXPECTED["llama_running"]) <= 1e-5
 
 

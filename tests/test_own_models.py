@@ -3,13 +3,13 @@
 import importlib
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from processes import run_alone
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -128,14 +128,8 @@ def test_in_another_process_with_neither_package_nor_module(tmp_path, monkeypatc
     ids = torch.arange(10).reshape(2, 5)
     torch.save((ids, merged(ids).logits.detach()), tmp_path / "expected.pt")
     arguments = [str(tmp_path / name) for name in ("merged", "expected.pt", "again")]
-    process = subprocess.run(
-        [sys.executable, "-c", WORKER, json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    monkeypatch.undo()  # or it could be imported from where it lies
+    run_alone(WORKER, json.dumps(arguments), folder=tmp_path)
 
 
 @pytest.mark.parametrize("context", ["running", "prompt"])

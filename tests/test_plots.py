@@ -1,19 +1,29 @@
 """The pictures of a search: drawn from everything a run leaves behind, legible for few and for many attentions."""
 
 import json
+import math
 import sys
 
+import numpy as np
 import pytest
 from training import NAMES, SCHEDULE, make_model, make_trainer
 
 from peft_eas import EASCallback
-from peft_eas.strategies.bandit import AttentionBandit
+from peft_eas.strategies import AttentionBandit, ThompsonSampling
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from peft_eas.reporting.plots import KEPT, SKIPPED, draw_skip_map, plot_search_curve, plot_skip_map  # noqa: E402
+from peft_eas.reporting.plots import (  # noqa: E402
+    KEPT,
+    SKIPPED,
+    draw_skip_map,
+    plot_loss_curve,
+    plot_search_curve,
+    plot_skip_map,
+    read_search,
+)
 
 FAMILIES = {
     "few": [f"model.layers.{i}.self_attn" for i in range(4)],
@@ -31,6 +41,53 @@ def make_record(names: list[str], rounds: int = 12, is_over: bool = True, reward
             sets, [1.0 + sum(names.index(name) for name in s) / len(names) for s in sets], step=100 + 10 * step
         )
     return {"strategy": bandit.state_dict(), "skipped_modules": bandit.best() if is_over else None}
+
+
+def make_search(names: list[str], rounds: int = 12, is_over: bool = True, vital: float = 1.0) -> dict:
+    """As `make_record`, of the default strategy; the first candidate costs `vital`, the others 0.01, 0.02, …"""
+    num, k, rng = len(names), len(names) // 2, np.random.default_rng(0)
+    costs = [vital, *(0.01 * i for i in range(1, num))]
+    strategy = ThompsonSampling(names, k)
+
+    def loss(names_of_set: list[str], noise: float) -> float:
+        return math.exp(sum(costs[names.index(name)] for name in names_of_set) + noise * rng.standard_normal())
+
+    for step in range(10, 10 * rounds + 10, 10):
+        for one in range(step - 9, step + 1):
+            drawn = strategy.sample()
+            strategy.note_step(drawn, loss(drawn, 0.1), one)
+        sets = strategy.sample_sets(3)
+        strategy.update(sets, [loss(one, 0.01) for one in sets], step=step)
+    increases = [0.0, *np.cumsum(sorted(costs)).tolist()]
+    return {
+        "strategy": strategy.state_dict(),
+        "skipped_modules": strategy.best() if is_over else None,
+        "schedule": {"warmup_end": 0, "search_end": 10 * rounds, "freeze_step": None},
+        "curve": {
+            "num_skip": list(range(num + 1)),
+            "increase": increases,
+            "deviation": [0.01 * i for i in range(num + 1)],
+        },
+        "measured": [{"num_skip": k, "increase": increases[k] + 0.01, "deviation": 0.02}],
+        "savings": {"unit": "seconds", "total": 2.0 * num, "per_candidate": [1.0] * num},
+    }
+
+
+def make_own(costs: list[float] | None = None) -> dict:
+    """The record of a strategy that is not the library's, of layers 0 to 3 with 1 and 3 skipped."""
+    names = FAMILIES["few"]
+    state = {"strategy": "Mine", "candidates": names, "num_skip": 2, "scores": [-2.0, 0.25, -1.0, 0.5]}
+    state["rounds"] = [
+        {"step": 10, "sets": ["1 3", "0 3", ""], "losses": [2.0, 8.0, 1.0]},
+        {"step": 20, "sets": ["1 3", "0 2"], "losses": [1.5, None]},
+    ]
+    if costs is not None:
+        state |= {"scores": [-cost for cost in costs], "costs": costs, "deviations": [0.1] * 4}
+    return {"strategy": state, "skipped_modules": [names[1], names[3]]}
+
+
+def labels_of(axis) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
 
 
 @pytest.fixture
@@ -61,9 +118,16 @@ def texts(figure: Figure) -> list[Text]:
 
 
 @pytest.mark.parametrize("names", FAMILIES.values(), ids=FAMILIES)
-@pytest.mark.parametrize("plot", [plot_skip_map, plot_search_curve])
-def test_nothing_is_cut_off_or_drawn_over(tmp_path, drawn, plot, names):
-    path = plot(make_record(names), tmp_path / "new" / "picture.png")
+@pytest.mark.parametrize(
+    ("plot", "make"),
+    [
+        *((plot, make) for plot in (plot_skip_map, plot_search_curve) for make in (make_record, make_search)),
+        (plot_search_curve, lambda names: make_search(names, rounds=2, is_over=False, vital=8.0)),
+        (plot_loss_curve, make_search),
+    ],
+)
+def test_nothing_is_cut_off_or_drawn_over(tmp_path, drawn, plot, make, names):
+    path = plot(make(names), tmp_path / "new" / "picture.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     figure = drawn[0]
     boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts(figure)]
@@ -127,6 +191,153 @@ def test_losses_that_were_not_finite_are_left_out(tmp_path, drawn):
     plot_search_curve({"strategy": bandit.state_dict()}, tmp_path / "curve.png")
     mean = next(line for line in drawn[0].axes[1].get_lines() if line.get_label() == "mean of a round")
     assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([1, 3], [1.0, 2.5])
+
+
+# --- strategies with costs, and of one's own -------------------------------------------------------------------------
+
+
+def test_costs_stand_in_their_order_against_the_chosen_and_far_ones_are_cut_off(tmp_path, drawn):
+    # Of the chosen, layers 1 and 3, the mean cost is 0.02; layer 0 costs 5 more.
+    plot_search_curve(make_own([5.02, 0.03, math.log(1.1) + 0.02, 0.01]), tmp_path / "curve.png")
+    costs = drawn[0].axes[0]
+    assert labels_of(costs.yaxis) == ["3", "1", "2", "0"]
+    assert costs.get_ylim()[0] > costs.get_ylim()[1]
+    lines = [line for line in costs.get_lines() if line.get_marker() in ("o", ">")]
+    assert [line.get_color() for line in lines] == [SKIPPED, SKIPPED, KEPT, KEPT]
+    assert [line.get_marker() for line in lines] == ["o", "o", "o", ">"]
+    middle = [100 * math.expm1(x) for x in (-0.01, 0.01, math.log(1.1))]
+    assert [line.get_xdata()[0] for line in lines[:3]] == pytest.approx(middle)
+    whiskers = [line for line in costs.get_lines() if line.get_marker() == "None" and len(set(line.get_ydata())) == 1]
+    ends = [100 * math.expm1(math.log(1.1) - 0.1), 100 * math.expm1(math.log(1.1) + 0.1)]
+    assert list(whiskers[2].get_xdata()) == pytest.approx(ends)
+    assert ends[1] < costs.get_xlim()[1] < 30
+    texts = [text.get_text() for text in costs.texts]
+    assert texts == ["-1.0 ± 9.9 %", "+1.0 ± 10.1 %", "+10.0 ± 11.0 %", "×148 ± 15"]
+    plot_skip_map(make_own([5.02, 0.03, math.log(1.1) + 0.02, 0.01]), tmp_path / "map.png")
+    bars = drawn[1].axes[1]
+    assert [text.get_text().strip() for text in bars.texts] == ["▶ ×148", "+1.0 %", "+10.0 %", "-1.00 %"]
+    assert max(bar.get_width() for bar in bars.patches) == pytest.approx(10.0)
+
+
+def test_where_a_loss_is_negative_costs_are_those_of_the_loss(tmp_path, drawn):
+    record = make_own([0.5, 0.03, 0.1, 0.01])
+    record["strategy"]["rounds"][0]["losses"][0] = -2.0
+    plot_search_curve(record, tmp_path / "curve.png")
+    costs, losses = drawn[0].axes[:2]
+    assert costs.texts[0].get_text() == "-0.010 ± 0.100"
+    assert "percent" not in costs.get_xlabel()
+    assert losses.get_yscale() == "linear"
+
+
+def test_what_all_costs_have_in_common_is_not_in_their_deviations():
+    """All sets are of one size, which tells nothing of what skipping any costs, but how costs differ."""
+    record = make_search(FAMILIES["few"], vital=6.0)
+    search = read_search(record)
+    chosen = [search.candidates.index(name) for name in search.skipped]
+    assert sum(search.values[i] for i in chosen) == pytest.approx(0.0)
+    root = ThompsonSampling.from_state_dict(record["strategy"])._posterior.root
+    covariance = root @ root.T
+    contrast = np.eye(4) - np.isin(np.arange(4), chosen) / len(chosen)
+    assert search.deviations == pytest.approx(np.sqrt(np.diag(contrast @ covariance @ contrast.T)).tolist())
+    # Layers 1 and 2 are told apart to a few percent, though the first alone might cost anything.
+    assert search.deviations[chosen[0]] < 0.1 * record["strategy"]["deviations"][chosen[0]]
+
+
+def test_the_losses_tried_are_the_darker_the_more_of_the_chosen_they_held(tmp_path, drawn):
+    record = make_own()
+    record["strategy"]["steps"] = ["1 0 2 30.0", "2 1 3 2.5"]
+    record["schedule"] = {"warmup_end": 5, "search_end": 25, "freeze_step": None}
+    plot_search_curve(record, tmp_path / "curve.png")
+    losses = drawn[0].axes[1]
+    dots = losses.collections[0]
+    assert dots.get_offsets().tolist() == [[10, 2.0], [10, 8.0], [20, 1.5]]
+    assert dots.get_array().tolist() == [1.0, 0.5, 1.0]
+    points = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in losses.get_lines()}
+    assert points["a training step"] == ([1, 2], [30.0, 2.5])
+    assert points["nothing skipped"] == ([10], [1.0])
+    assert points["mean of a round"] == ([10, 20], [5.0, 1.5])
+    assert (points["end of the warm-up"][0], points["end of the search"][0]) == ([5, 5], [25, 25])
+    assert losses.get_yscale() == "log"
+
+
+def test_a_strategy_of_ones_own_shows_its_scores(tmp_path, drawn):
+    plot_search_curve(make_own(), tmp_path / "curve.png")
+    scores = drawn[0].axes[0]
+    assert labels_of(scores.yaxis) == ["3", "1", "2", "0"]
+    assert [text.get_text() for text in scores.texts] == ["+0.500", "+0.250", "-1.000", "-2.000"]
+    assert drawn[0].get_suptitle() == "Mine over 4 attentions, 2 rounds: 2 to skip, in colour"
+    plot_skip_map(make_own(), tmp_path / "map.png")
+    assert [text.get_text().strip() for text in drawn[1].axes[1].texts] == ["-2.000", "+0.250", "-1.000", "+0.500"]
+    for make in (make_own, lambda: make_search(FAMILIES["few"])):
+        with pytest.raises(ValueError, match=r"values='probabilities' is for the bandit.*Leave values out"):
+            plot_search_curve(make(), tmp_path / "curve.png", values="probabilities")
+
+
+def test_the_title_tells_how_far_the_search_is_from_settled(tmp_path, drawn):
+    record = make_search(FAMILIES["few"], rounds=20)
+    plot_search_curve(record, tmp_path / "curve.png")
+    assert drawn[0].get_suptitle().splitlines()[1].endswith("is expected to be lower by less than 0.1 %")
+    record = make_search(FAMILIES["many"], rounds=2, is_over=False)
+    plot_search_curve(record, tmp_path / "curve.png")
+    gain = ThompsonSampling.from_state_dict(record["strategy"]).expected_gain()
+    assert gain > 0.02
+    first, second = drawn[1].get_suptitle().splitlines()
+    assert first == "ThompsonSampling over 40 attentions, 2 rounds: 20 the best so far, in colour; not over"
+    assert second == f"The loss of a perfect choice is expected to be lower by {100 * (1 - math.exp(-gain)):.1f} %"
+
+
+# --- the loss against the number skipped -----------------------------------------------------------------------------
+
+
+def test_the_loss_curve_shows_what_is_expected_and_what_was_measured(tmp_path, drawn):
+    plot_loss_curve(make_search(FAMILIES["few"], vital=3.0), tmp_path / "curve.png")
+    axes = drawn[0].axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines["expected"].get_xdata()) == [0, 1, 2, 3, 4]
+    increases = (0.0, 0.01, 0.03, 0.06, 3.06)
+    assert list(lines["expected"].get_ydata()) == pytest.approx([100 * math.expm1(x) for x in increases])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[band[:, 0] == 2][:, 1].min() == pytest.approx(100 * math.expm1(0.01))
+    assert band[band[:, 0] == 2][:, 1].max() == pytest.approx(100 * math.expm1(0.05))
+    assert list(lines["2 skipped: +3.0 ± 2.1 %"].get_xdata()) == [2, 2]
+    point = axes.containers[0].lines
+    assert (point[0].get_xdata()[0], point[0].get_ydata()[0]) == (2, pytest.approx(100 * math.expm1(0.04)))
+    assert point[2][0].get_segments()[0][:, 1] == pytest.approx([100 * math.expm1(0.02), 100 * math.expm1(0.06)])
+    # All four would raise the loss to 21 times itself; the axis is for the choice.
+    assert 20 < axes.get_ylim()[1] < 30
+    top = axes.child_axes[0]
+    assert labels_of(top.xaxis) == ["1.00×", "1.14×", "1.33×", "1.60×", "2.00×"]
+    assert top.get_xlabel() == "Speed-up"
+
+
+@pytest.mark.parametrize(
+    ("savings", "labels"),
+    [
+        ({"unit": "bytes", "total": 400.0, "per_candidate": [100.0, 50.0, 100.0, 50.0]},
+         ["100 %", "88 %", "62 %", "50 %", "25 %"]),
+        ({"unit": "attentions", "total": 4, "per_candidate": [1] * 4}, None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_the_axis_on_top_shows_the_kv_cache_or_nothing(tmp_path, drawn, savings, labels):
+    record = {**make_search(FAMILIES["few"]), "savings": savings, "measured": None}
+    record["strategy"]["scores"] = [-4.0, -1.0, -2.0, -3.0]  # cheapest first: layers 1, 2, 3, 0
+    plot_loss_curve(record, tmp_path / "curve.png")
+    top = drawn[0].axes[0].child_axes
+    assert (labels_of(top[0].xaxis) if top else None) == labels
+
+
+def test_without_a_curve_it_is_refused(tmp_path):
+    for record in (make_record(FAMILIES["few"]), make_own(), {**make_search(FAMILIES["few"]), "curve": None}):
+        with pytest.raises(ValueError, match=r"made by \w+, holds no curve.*strategy='thompson', the default"):
+            plot_loss_curve(record, tmp_path / "curve.png")
+    with pytest.raises(ValueError, match="no round of rewards yet"):
+        plot_loss_curve(make_search(FAMILIES["few"], rounds=0), tmp_path / "curve.png")
+    with pytest.raises(ValueError, match=r"holds no search"):
+        plot_loss_curve({}, tmp_path / "curve.png")
+
+
+# --- where a search is read from -------------------------------------------------------------------------------------
 
 
 def test_every_source_that_a_run_leaves_behind_draws_the_same(tmp_path):

@@ -4,8 +4,6 @@ import copy
 import importlib
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -30,6 +28,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from processes import run_alone
 from transformers import AutoModelForCausalLM
 
 import peft_eas
@@ -88,10 +87,12 @@ def test_importing_again_is_harmless(device):
     assert isinstance(model.base_model, peft_eas.EASModel)
 
 
-def test_importing_all_of_it_anew_is_harmless():
+def test_importing_all_of_it_anew_is_harmless(tmp_path):
     """As notebooks that reload every module do."""
     script = """
-import sys, peft_eas
+import sys, warnings
+warnings.simplefilter("error", DeprecationWarning)
+import peft_eas
 for name in [name for name in sys.modules if name.split(".")[0] == "peft_eas"]:
     del sys.modules[name]
 import peft_eas, torch
@@ -103,7 +104,7 @@ model = get_peft_model(LlamaForCausalLM(config), peft_eas.EASConfig(r=2, attenti
 model.set_skipped_modules(model.candidates[:1])
 model(input_ids=torch.tensor([[1, 2]]))
 """
-    subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", script], check=True, timeout=120)
+    run_alone(script, folder=tmp_path)
 
 
 def test_get_peft_model_makes_an_eas_model(device):
@@ -145,10 +146,11 @@ def test_low_cpu_mem_usage(family, saved, device):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.parametrize("auto_class", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
 @pytest.mark.parametrize("family", DECODERS)
-def test_auto_peft_model(family, saved, device):
+def test_auto_classes_find_the_base_of_an_adapter(family, auto_class, saved, device):
     _, adapter, inputs, expected = saved[family]
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter).to(device)
+    model = auto_class.from_pretrained(adapter).to(device)
     assert torch.equal(logits(model, inputs), expected)
 
 
@@ -222,13 +224,6 @@ def test_adapters_on_top_of_adapters(device):
     assert not torch.equal(logits(second, inputs), logits(build_model("llama", device), inputs))
     second.set_adapter("default")
     assert torch.equal(logits(second, inputs), expected)
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_from_pretrained_of_transformers_finds_the_adapter(family, saved, device):
-    _, adapter, inputs, expected = saved[family]
-    model = AutoModelForCausalLM.from_pretrained(adapter).to(device)
-    assert torch.equal(logits(model, inputs), expected)
 
 
 def test_generation_with_load_adapter_of_transformers(saved, device):

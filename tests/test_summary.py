@@ -154,6 +154,28 @@ def test_the_whole_model_and_its_table():
     assert [row.score for row in eas_summary(model.merge_and_unload()).rows] == [0.0, 0.25, 0.5, 0.75]
 
 
+def test_what_the_search_found():
+    model = make_eas("llama", "cpu", SKIPS["half"], "running")
+    config = model.peft_config["default"]
+    config.scores = dict(zip(mha_names("llama"), (-0.03, -3.0, -0.01, -0.2)))
+    curve = {"num_skip": [0, 1, 2, 3, 4], "increase": [0.0, 0.01, 0.04, 0.24, 3.24], "deviation": [0.001] * 5}
+    config.search = {"strategy": "ThompsonSampling", "curve": curve, "measured": None}
+    said = (
+        "The search (ThompsonSampling) chose 2 of 4 candidates to skip. When it ended, that changed the held-out loss "
+        "against nothing skipped by: expected +4.1 ± 0.1 %."
+    )
+    before = str(eas_summary(model))
+    assert re.search(r"^MHA +state +cost ", before)
+    # The mean cost of the first and the third is 0.02.
+    for name, cost in zip(mha_names("llama"), (r"\+1\.0 %", r"×19\.7", r"-1\.00 %", r"\+19\.7 %")):
+        assert re.search(rf"^{re.escape(name)} +\w+ +{cost} ", before, re.MULTILINE)
+    merged = model.merge_and_unload()
+    for text in (before, str(eas_summary(merged))):
+        assert said in text.splitlines()
+        assert "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones." in text
+    assert [row.score for row in eas_summary(merged).rows] == [-0.03, -3.0, -0.01, -0.2]
+
+
 def test_heads_that_are_not_the_models_width():
     """8 heads of 16 write 128, and the output projection reads them."""
     base = build_model("qwen3", num_attention_heads=8, head_dim=16)

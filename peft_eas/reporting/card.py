@@ -23,6 +23,7 @@ from ..architectures import find_mhas
 from ..runtime.checkpoint import CODE_FILE, INSTALL
 from .plots import draw_skip_map
 from .provenance import CARD, hub_id_of, is_same_mha, origin, record_speed, saved_numbers
+from .search_result import COLUMNS, SearchResult, Unit, value_text
 
 __all__ = ["adapter_card", "origin", "record_speed", "write_adapter_card", "write_merged_card"]
 
@@ -102,6 +103,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
             ("Trainable parameters", f"{facts['trainable_parameters']:,} ({share:.2f} % of all)"),
             ("Numbers in the adapter's file", f"{saved_numbers(eas, name):,}"),
         ),
+        *_search(facts, facts["candidates"], skipped),
         *_skip_map(facts, facts["candidates"], skipped, folder, is_over),
         "### Use",
         _code(
@@ -156,6 +158,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
             ("Parameters trained", f"{trained:,}" if trained else ""),
         ),
         *_speed(record.get("speed")),
+        *_search(facts, candidates, deleted),
         *_skip_map(facts, candidates, deleted, folder),
         "### Use",
         f"{INSTALL}, then:",
@@ -247,24 +250,43 @@ def _speed(measurements: list[dict[str, Any]] | None) -> list[str]:
     return ["### Speed", "How many times as fast as what it was compared with:", table]
 
 
+def _search(facts: dict[str, Any], candidates: list[str], skipped: list[str]) -> list[str]:
+    result, scores = SearchResult.of(facts.get("search")), facts.get("scores")
+    if result is None or not scores:
+        return []
+    scores = {name: scores[name] for name in candidates if name in scores}  # JSON files have another order
+    parts = ["### Search", result.sentence(scores, skipped)]
+    if result.curve is not None:
+        parts.append(
+            "By the number of attentions skipped, the cheapest first, each with its standard deviation; before the "
+            "training that followed the search:"
+        )
+        parts.append(_table(*result.table(scores, skipped)))
+    return parts
+
+
 def _skip_map(
     facts: dict[str, Any], candidates: list[str], skipped: list[str], folder: Path, is_over: bool = True
 ) -> list[str]:
-    scores = facts.get("scores")
+    scores, result = facts.get("scores"), SearchResult.of(facts.get("search"))
+    values = scores if not scores or result is None else result.values(scores, skipped)
+    unit: Unit = "score" if result is None else result.unit
     parts = ["### Skip map"]
     if not is_over:
         parts.append("The search was not over when this was saved: these are the best attentions to skip so far.")
     try:
-        draw_skip_map(candidates, skipped, scores, folder / PICTURE, is_over)
+        draw_skip_map(candidates, skipped, values, folder / PICTURE, is_over, unit)
         parts.append(f"![Which attentions are kept and which are skipped]({PICTURE})")
     except ImportError:  # matplotlib is optional, and the table says the same
         pass
     rows = [(f"`{name}`", "skipped" if name in skipped else "kept") for name in candidates]
     head: tuple[str, ...] = ("Attention", "")
-    if scores:
-        parts.append("By the search's score, the higher, the less it costs to skip an attention.")
-        rows = [(*row, f"{scores[name]:+.4f}" if name in scores else "") for row, name in zip(rows, candidates)]
-        head = (*head, "Score")
+    if values:
+        column, meaning = COLUMNS[unit]
+        parts.append(meaning)
+        cells = [value_text(values[name], unit) if name in values else "" for name in candidates]
+        rows = [(*row, cell) for row, cell in zip(rows, cells)]
+        head = (*head, column.capitalize())
     return [*parts, _table(head, *rows)]
 
 

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -21,134 +20,10 @@ from ..runtime.skipped import SkippedMHA
 from ..values import is_int
 from .image_tokens import image_tokens
 from .provenance import added_parameters, is_same_mha, size_of
+from .search_result import SearchResult
+from .summary_table import Summary, SummaryRow
 
 _CONTEXT_LENGTH = 1024
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One MHA.
-
-    Attributes:
-        name: full name.
-        state: "skipped" or "kept"; "never skipped", which `kept_modules` of the config names; "deleted" by a merge;
-            "excluded" by the config; or "no target".
-        score: the search's, or None.
-        parameters: of the MHA, without a norm inside it that a skipped block still applies; 0 if it was deleted before
-            the adapters came.
-        adapter_parameters: of the adapter in use for it; in a merged model, of one that stays.
-        saved_parameters, saved_flops: by how much a merged model is smaller, and computes less per token, if this MHA
-            is skipped. Parameters: the MHA's and those of the norms that are deleted with it, less the biases that
-            folding PIA adds to the FFN, or PIA itself where it stays.
-        added_parameters, added_flops: what the adapter of a kept MHA leaves in the same way.
-    """
-
-    name: str
-    state: str
-    score: float | None
-    parameters: int
-    adapter_parameters: int
-    saved_parameters: int
-    saved_flops: int
-    added_parameters: int = 0
-    added_flops: int = 0
-
-    @property
-    def is_skipped(self) -> bool:
-        """Whether the MHA is not computed."""
-        return self.state in ("skipped", "deleted")
-
-    def cells(self) -> tuple[str, ...]:
-        """What the table shows."""
-        score = "" if self.score is None else f"{self.score:+.4f}"
-        saved = (f"{number:,}" for number in (self.saved_parameters, self.saved_flops))
-        return (
-            *(self.name, self.state, score, f"{self.parameters:,}", f"{self.adapter_parameters:,}"),
-            *(saved if self.is_skipped else (f"({number})" for number in saved)),
-        )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `eas_summary` returns; `print` shows it as a table.
-
-    Attributes:
-        rows: one per MHA, in the model's order.
-        base_parameters, base_flops: of the whole base model; FLOPs per token.
-        context_length: how many tokens a token attends to, as FLOPs are counted.
-        image_tokens: the same in a vision tower of which the number is fixed, unless a context_length was given.
-        export_note: what an export of the model will need, or None.
-    """
-
-    rows: list[SummaryRow]
-    base_parameters: int
-    base_flops: int
-    context_length: int
-    image_tokens: int | None = None
-    export_note: str | None = None
-
-    @property
-    def skipped(self) -> list[SummaryRow]:
-        """The MHAs that are not computed."""
-        return [row for row in self.rows if row.is_skipped]
-
-    @property
-    def candidates(self) -> list[SummaryRow]:
-        """The MHAs that may be skipped, and those that are."""
-        return [row for row in self.rows if row.is_skipped or row.state == "kept"]
-
-    @property
-    def saved_parameters(self) -> int:
-        """By how much a merged model is smaller than the base."""
-        added = sum(row.added_parameters for row in self.rows)
-        return sum(row.saved_parameters for row in self.skipped) - added
-
-    @property
-    def saved_flops(self) -> int:
-        """By how much a merged model computes less than the base per token."""
-        return sum(row.saved_flops for row in self.skipped) - sum(row.added_flops for row in self.rows)
-
-    def __str__(self) -> str:
-        head = ("MHA", "state", "score", "parameters", "adapter", "saved parameters", "saved FLOPs/token")
-        sums = (
-            sum(row.parameters for row in self.rows),
-            sum(row.adapter_parameters for row in self.rows),
-            self.saved_parameters,
-            self.saved_flops,
-        )
-        wholes = (*[self.base_parameters] * 3, self.base_flops)
-        count = f"{len(self.skipped)} of {len(self.candidates)}"
-        lines = [
-            head,
-            *(row.cells() for row in self.rows),
-            ("total", count, "", *(f"{number:,}" for number in sums)),
-            ("of the base model", "", "", *(f"{100 * part / whole:.2f} %" for part, whole in zip(sums, wholes))),
-        ]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        table = [
-            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-            for line in lines
-        ]
-        ruler = "-" * len(table[0])
-        tokens = f"{self.context_length:,} tokens to attend to"
-        if self.image_tokens == self.context_length:
-            tokens += ", the model's own number for an image"
-        elif self.image_tokens is not None:
-            tokens += f", and {self.image_tokens:,} in an image"
-        others = [row.state for row in self.rows if row not in self.candidates]
-        states = ", ".join(f"{others.count(state)} {state}" for state in dict.fromkeys(others))
-        more = [f"The total counts candidates; the other MHAs: {states}."] if others else []
-        more += [self.export_note] if self.export_note else []
-        return "\n".join(
-            [
-                *(table[0], ruler, *table[1:-2], ruler, table[-2], table[-1].rstrip(), ""),
-                f"Base model: {self.base_parameters:,} parameters, {self.base_flops:,} FLOPs/token.",
-                f"Merged: {self.base_parameters - self.saved_parameters:,} parameters, "
-                f"{self.base_flops - self.saved_flops:,} FLOPs/token.",
-                f"FLOPs with {tokens}. In parentheses: what skipping one more saves.",
-                *more,
-            ]
-        )
 
 
 def eas_summary(model: nn.Module, context_length: int | None = None) -> Summary:
@@ -277,7 +152,8 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
             left = (0, 0) if adapter is None else (size_of(adapter), biases)
             rows.append(part.summarized(state, score, *left))
     note = first_layer_note(config, model, [row.name for row in rows if row.state in ("skipped", "kept")])
-    return _summary(model, rows, parts, size_of(model, added), note)
+    search = SearchResult.of(getattr(config, "search", None))
+    return _summary(model, rows, parts, size_of(model, added), note, search)
 
 
 def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
@@ -310,17 +186,23 @@ def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
             left = (0, size_of(model.get_submodule(path)) - size_of(before), 0)
             compared.add(path)
         rows.append(part.summarized(state, scores.get(candidate), *left))
-    return _summary(base, rows, parts, size_of(base))
+    return _summary(base, rows, parts, size_of(base), search=SearchResult.of(facts.get("search")))
 
 
 def _summary(
-    model: nn.Module, rows: list[SummaryRow], parts: list[_MHA], size: int, note: str | None = None
+    model: nn.Module,
+    rows: list[SummaryRow],
+    parts: list[_MHA],
+    size: int,
+    note: str | None = None,
+    search: SearchResult | None = None,
 ) -> Summary:
     # A vision tower's tokens count for the whole only where nothing else has MHAs.
     length = max((part.context_length for part in parts if part.image_tokens is None), default=None)
     images = [part.image_tokens for part in parts if part.image_tokens is not None]
     in_image = images[0] if images else None
-    return Summary(rows, size, _flops(model, parts, rows), length or in_image or _CONTEXT_LENGTH, in_image, note)
+    length = length or in_image or _CONTEXT_LENGTH
+    return Summary(rows, size, _flops(model, parts, rows), length, in_image, note, search)
 
 
 def _before_merge(model: PreTrainedModel) -> PreTrainedModel:

@@ -145,21 +145,24 @@ class RoutedAdapter(nn.Module):
                 nn.init.xavier_uniform_(up.weight)
                 nn.init.normal_(up.bias, std=0.02)
 
-    def route(self, context: torch.Tensor) -> torch.Tensor:
-        """Weights of the paths, shape (B, paths), for contexts of shape (B, d)."""
-        logits = F.linear(context.to(self.router.weight.dtype), self.router.weight, self.router.bias)
+    def route(self, context: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Weights of the paths, shape (B, paths), for contexts of shape (B, d); in the adapter's dtype by default."""
+        dtype = dtype or self.router.weight.dtype
+        logits = F.linear(context.to(dtype), self.router.weight.to(dtype), self.router.bias.to(dtype))
         return F.softmax(logits / self.router_temperature, dim=-1, dtype=torch.float32).to(logits.dtype)
 
-    def mixed_up(self, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def mixed_up(
+        self, context: torch.Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Σ_e g_e U_e, shape (B, d, r / groups), and Σ_e g_e β_e, shape (B, d), for contexts of shape (B, d).
 
-        Without a router B is 1, for sequences of any context.
+        Without a router B is 1, for sequences of any context. In the adapter's dtype by default.
         """
-        weights = torch.stack([up.weight for up in self.up])
-        biases = torch.stack([up.bias for up in self.up])
+        weights = torch.stack([up.weight for up in self.up]).to(dtype or self.up[0].weight.dtype)
+        biases = torch.stack([up.bias for up in self.up]).to(weights.dtype)
         if self.router is None:
             return weights, biases
-        gates = self.route(context)
+        gates = self.route(context, dtype)
         return torch.einsum("be,edk->bdk", gates, weights), gates @ biases
 
     def affine_map(self, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,17 +173,11 @@ class RoutedAdapter(nn.Module):
         and shift = s (½ Ū (A m + a + c) + β); for a kept MHA's adapter, left = s Ū and shift = s (Ū c + β). For an
         adapter that needs no context, which may be None, B is 1.
         """
-        context = None if context is None else context.float()
-        up = torch.stack([path.weight.float() for path in self.up])
-        up_bias = torch.stack([path.bias.float() for path in self.up])
-        if self.router is not None:
-            logits = F.linear(context, self.router.weight.float(), self.router.bias.float())
-            gates = torch.softmax(logits / self.router_temperature, dim=-1)
-            up, up_bias = torch.einsum("be,edk->bdk", gates, up), gates @ up_bias
+        up, up_bias = self.mixed_up(context, torch.float32)
         constant, share = self.token_down.bias.float(), 1.0
         if self.has_context_path:
             down, share = self.context_down, 0.5
-            constant = constant + F.linear(context, down.weight.float(), down.bias.float())
+            constant = constant + F.linear(context.float(), down.weight.float(), down.bias.float())
         left = (self.scale * share) * _block_diagonal(up, self.up[0].groups)
         shift = (left @ constant[..., None])[..., 0] + self.scale * up_bias
         return left.expand(len(shift), -1, -1), shift

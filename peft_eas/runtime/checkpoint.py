@@ -5,6 +5,7 @@ Needs nothing but torch, transformers and what they need themselves: it is a par
 
 import ast
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ CODE_PARTS = ("adapter", "prompt", "prompt_hook", "context_cache", "skipped", "f
 AFTER_SAVE: list[Callable[[PreTrainedModel, Path], None]] = []
 
 
+@functools.cache
 def code_text() -> str:
     """Text of the file that lets a process without the package load a merged checkpoint."""
     here = Path(__file__)

@@ -1,9 +1,10 @@
 """`Goal`: what the searched set must fulfil, and with that, which set is the best for given costs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from .budget import Budget
 
@@ -24,30 +25,36 @@ class Goal:
     savings: tuple[float, ...] = ()
 
     def choose(self, costs: Sequence[float], level: float = 0.0) -> list[int]:
-        """Ascending indices of the best set.
+        """Ascending indices of the best set, where costs add up; none where every set costs too much.
 
         Args:
             costs: expected increase of the log loss by skipping each candidate.
             level: what a set costs beyond the sum of its costs.
         """
-        if self.kind == "number":
-            return sorted(cheapest_first(costs)[: int(self.amount)])
         if self.kind == "saving":
             return list(Budget(costs, self.savings).of_saving(self.amount).indices)
-        chosen, total = [], level
-        for index in cheapest_first(costs):
-            total += costs[index]
-            if total > self.amount and costs[index] > 0.0:
-                break
-            chosen.append(index)
-        return sorted(chosen) if level + sum(costs[i] for i in chosen) <= self.amount else []
+        order = cheapest_first(costs)
+        if self.kind == "number":
+            return sorted(order[: int(self.amount)])
+        totals = level + np.cumsum([costs[index] for index in order])
+        within = np.flatnonzero(totals <= self.amount)
+        return sorted(order[: int(within[-1]) + 1]) if len(within) else []
+
+    def choose_among(self, sets: np.ndarray, costs: np.ndarray, level: float = 0.0) -> list[int]:
+        """The same among given sets (S, n), 1.0 where a candidate is skipped, of which each costs `costs` (S,)."""
+        sizes = sets.sum(1)
+        if self.kind == "cost":
+            is_allowed = (costs + level <= self.amount) & (sizes > 0)
+            is_allowed &= sizes == sizes[is_allowed].max(initial=-1.0)
+        elif self.kind == "saving":
+            is_allowed = sets @ np.array(self.savings) >= self.amount * (1.0 - 1e-9)
+        else:
+            is_allowed = sizes == self.amount
+        if not is_allowed.any():
+            return []
+        return np.flatnonzero(sets[int(np.argmin(np.where(is_allowed, costs, np.inf)))]).tolist()
 
 
 def cheapest_first(costs: Sequence[float]) -> list[int]:
     """Indices by ascending cost; of the equally dear, the later layer, as models need their first attentions most."""
     return sorted(range(len(costs)), key=lambda i: (costs[i], -i))
-
-
-def log_increase(share: float) -> float:
-    """By how much the log of a loss rises that rises by `share` of itself."""
-    return math.log1p(share)

@@ -22,18 +22,20 @@ FADING = 0.3
 class Observations(NamedTuple):
     """N losses. Losses of one group were taken on one batch, or close in time; a kind has its own level and noise.
 
-    `skipped` is (N, n), 1.0 where a candidate was skipped; `values` (N,) are log losses; `group` (N,) counts
-    from 0 without gaps; `kind` (N,) is below `NUM_KINDS`, the same for a whole group.
+    `skipped` is (N, n), 1.0 where a candidate was skipped; `features` (N, p) are what costs are of, see `sets`;
+    `values` (N,) are log losses; `group` (N,) counts from 0 without gaps; `kind` (N,) is below `NUM_KINDS`, the same
+    for a whole group.
     """
 
     skipped: np.ndarray
+    features: np.ndarray
     values: np.ndarray
     group: np.ndarray
     kind: np.ndarray
 
 
 class Posterior(NamedTuple):
-    """Costs ~ N(mean, root rootᵀ) of shape (n,); and by kind of observation the level (what a set costs beyond the
+    """Costs ~ N(mean, root rootᵀ) of the p features; and by kind of observation the level (what a set costs beyond the
     sum of its costs) and the standard deviation of the noise."""
 
     mean: np.ndarray
@@ -41,15 +43,13 @@ class Posterior(NamedTuple):
     level: np.ndarray
     noise: np.ndarray
 
-    @property
-    def deviation(self) -> np.ndarray:
-        """Standard deviation of each cost."""
-        return np.sqrt((self.root**2).sum(1))
 
-
-def prior(num: int) -> Posterior:
-    """What is known before the first loss: nothing."""
-    return Posterior(np.zeros(num), np.eye(num), np.zeros(0), np.zeros(0))
+def prior(num_features: int, hint: np.ndarray | None = None) -> Posterior:
+    """What is known before the first loss: nothing but the hint, see `fit`."""
+    mean = np.zeros(num_features)
+    if hint is not None:
+        mean[: len(hint)] = hint
+    return Posterior(mean, np.eye(num_features), np.zeros(0), np.zeros(0))
 
 
 def fit(
@@ -57,18 +57,19 @@ def fit(
 ) -> Posterior:
     """The posterior of the costs w in
 
-        value = level of its kind + effect of its group + sum of w over the skipped + noise.
+        value = level of its kind + effect of its group + features · w + noise.
 
     Args:
         data: at least one loss.
-        choose: the indices of the best set for given costs.
-        hint: (n,) what is expected of the costs beforehand, but for its scale, which is learned; its mean is 0.
+        choose: the indices of the candidates in the best set, for given costs of the features.
+        hint: (n,) what is expected of the candidates' costs beforehand, of mean 0 and standard deviation 1; how far it
+            holds is learned.
     """
-    num = data.skipped.shape[1]
+    num, candidates = data.features.shape[1], data.skipped.shape[1]
     kinds, groups = NUM_KINDS, data.group.max() + 1
     kind_of_group = np.zeros(groups, int)
     kind_of_group[data.group] = data.kind
-    columns = [data.skipped, np.eye(kinds)[data.kind]]
+    columns = [data.features, np.eye(kinds)[data.kind]]
     if hint is not None:
         columns.append(data.skipped @ hint[:, None])
     design = np.concatenate(columns, 1)
@@ -81,7 +82,7 @@ def fit(
 
     # Scales to start from, and to hold on to where the data are few.
     typical = _typical_spread(data, values)
-    start = typical**2 * num / max(1.0, size * (num - size))
+    start = typical**2 * candidates / max(1.0, size * (candidates - size))
     cost_scale, cost_variance = start, np.full(num, start)
     noise, between = np.full(kinds, (0.3 * typical) ** 2), np.full(kinds, typical**2)
     weight, nearness = np.ones(len(values)), np.ones(len(values))
@@ -90,7 +91,7 @@ def fit(
     to_costs = np.zeros((num, design.shape[1]))
     to_costs[:, :num] = np.eye(num)
     if hint is not None:
-        to_costs[:, -1] = hint
+        to_costs[:candidates, -1] = hint
 
     for iteration in range(ITERATIONS):
         precision = weight * nearness / noise[data.kind]
@@ -106,7 +107,10 @@ def fit(
         information[np.diag_indices_from(information)] += known
         covariance = np.linalg.inv(information)
         covariance = (covariance + covariance.T) / 2.0
-        mean = covariance @ (weighted.T @ values - scaled.T @ np.bincount(data.group, precision * values, groups))
+        towards = weighted.T @ values - scaled.T @ np.bincount(data.group, precision * values, groups)
+        if hint is not None:  # whose coefficient is expected to be as large as costs are
+            towards[-1] += known[-1] * np.sqrt(start)
+        mean = covariance @ towards
 
         residual = values - design @ mean
         effect = effect_variance * np.bincount(data.group, precision * residual, groups)
@@ -124,7 +128,7 @@ def fit(
         cost_variance = 1.0 / cost_precision
         cost_scale = (num + 2) / (cost_precision.sum() + 2 / start)
         if iteration >= 2:
-            best = np.zeros(num)
+            best = np.zeros(candidates)
             best[choose(to_costs @ mean)] = 1.0
             nearness = 1.0 / (1.0 + FADING * np.abs(data.skipped - best).sum(1))
 

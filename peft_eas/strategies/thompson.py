@@ -1,6 +1,7 @@
 """The default search: a regression of log losses on what was skipped, and Thompson sampling of sets."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import regression
-from .goal import Goal, cheapest_first
+from .goal import Goal
+from .sets import all_sets, features
 from .strategy import Strategy
 
 # A group of training losses: so many steps, over which the training's progress is small beside the batches' noise.
@@ -40,8 +42,6 @@ class ThompsonSampling(Strategy):
     Args:
         candidates, num_skip, seed: as of every `Strategy`.
         goal: what decides how many are skipped, in place of `num_skip`.
-        hint: by candidate, a number that is expected to grow with its cost, such as −log of one minus its cosine
-            similarity; how far it is to be trusted is learned. Default: nothing is expected.
     """
 
     def __init__(
@@ -49,17 +49,18 @@ class ThompsonSampling(Strategy):
         candidates: Sequence[str],
         num_skip: int | None = None,
         seed: int = 0,
-        hint: Mapping[str, float] | None = None,
         goal: Goal | None = None,
     ) -> None:
         super().__init__(candidates, num_skip, seed)
         if (num_skip is None) == (goal is None):
             raise ValueError(f"ThompsonSampling(num_skip={num_skip}, goal={goal}): give one of the two.")
         self.goal = Goal("number", num_skip) if goal is None else goal
-        self.hint = None if hint is None else [float(hint[name]) for name in self.candidates]
+        self.hint: list[float] | None = None
         self._steps: list[tuple[int, list[int], float]] = []
-        self._posterior = regression.prior(len(self.candidates))
+        self._all_sets = all_sets(len(self.candidates))
         self._level = 0.0
+        num_features = len(self._features([]))
+        self._take(regression.prior(num_features, self._standard_hint))
 
     @property
     def compares_with_nothing(self) -> bool:
@@ -72,36 +73,47 @@ class ThompsonSampling(Strategy):
         return [[], *(names for names in super().sample_sets(num - 1, k) if names)]
 
     def best(self, k: int | None = None) -> list[str]:
-        return super().best(k) if k is not None else self._names(self._chosen())
+        return self._names(self._chosen if k is None else self._cheapest(self._posterior.mean, k))
 
     def costs(self) -> tuple[list[float], list[float]]:
         """Expected increase of the log loss by skipping each candidate, and its standard deviation."""
-        return self._posterior.mean.tolist(), self._posterior.deviation.tolist()
+        marginal = self._marginal
+        return (marginal @ self._posterior.mean).tolist(), _norms(marginal @ self._posterior.root)
 
     def curve(self) -> dict[str, list[float]]:
         """By number of candidates skipped, the cheapest first: the expected increase of the log loss against nothing
         skipped, and its standard deviation."""
-        order, chosen = cheapest_first(self._posterior.mean.tolist()), max(1, len(self._chosen()))
-        numbers = range(len(order) + 1)
+        numbers = np.arange(len(self.candidates) + 1)
+        sets = np.array([self._features(self._cheapest(self._posterior.mean, k)) for k in numbers])
         # The level belongs to sets of about the chosen size; with nothing skipped there is none.
-        costs = [self._posterior.mean[order[:k]].sum() + self.level * min(1.0, k / chosen) for k in numbers]
-        deviations = [float(np.linalg.norm(self._posterior.root[order[:k]].sum(0))) for k in numbers]
-        return {"num_skip": list(numbers), "increase": [float(cost) for cost in costs], "deviation": deviations}
+        level = self.level * np.minimum(1.0, numbers / max(1, len(self._chosen)))
+        return {
+            "num_skip": numbers.tolist(),
+            "increase": (sets @ self._posterior.mean + level).tolist(),
+            "deviation": _norms(sets @ self._posterior.root),
+        }
 
     def expected_gain(self) -> float:
         """By how much the log loss of the true best set is expected to be below that of `best()`; 0 when settled."""
-        if not self.rounds and not self._steps:
-            return math.inf
-        draws = self._posterior.mean + self._normal(NUM_JUDGES, fork=True) @ self._posterior.root.T
-        chosen = self._chosen()
-        others = self.goal if self.goal.kind == "saving" else Goal("number", len(chosen))
-        return float(np.mean([draw[chosen].sum() - draw[others.choose(draw)].sum() for draw in draws]))
+        return self._gain
+
+    def _expected_gain(self) -> float:
+        before = self._num_draws
+        noise = self._normal(NUM_JUDGES, len(self._posterior.mean))
+        self._num_draws = before  # the next draws stay what they are
+        # With a cost as the goal, sets of the chosen size are compared.
+        k = len(self._chosen) if self.goal.kind == "cost" else None
+        gains = []
+        for costs in self._posterior.mean + noise @ self._posterior.root.T:
+            better = self._features(self._cheapest(costs, k))
+            gains.append(float((self._features(self._chosen) - better) @ costs))
+        return statistics.fmean(gains)
 
     def spread(self) -> float:
         """Standard deviation of the expected cost of a set drawn at random."""
-        num, chosen = len(self.candidates), len(self._chosen())
+        num, chosen = len(self.candidates), len(self._chosen)
         factor = chosen * (num - chosen) / max(1, num - 1)
-        return float(self._posterior.mean.std() * math.sqrt(factor))
+        return statistics.pstdev(self.scores) * math.sqrt(factor)
 
     def figures(self) -> dict[str, float]:
         gain = self.expected_gain()
@@ -112,7 +124,7 @@ class ThompsonSampling(Strategy):
         if gain <= max(SETTLED_LOSS, SETTLED_SHARE * self.spread()):
             return None
         return (
-            f"the choice has not settled: another set of {len(self._chosen())} of {len(self.candidates)} may well "
+            f"the choice has not settled: another set of {len(self._chosen)} of {len(self.candidates)} may well "
             f"have a loss that is lower by {1 - math.exp(-gain):.1%}."
         )
 
@@ -130,6 +142,21 @@ class ThompsonSampling(Strategy):
         self._steps = [(int(step), [int(index) for index in indices], float(loss)) for step, *indices, loss in parts]
         self._learn()
 
+    def take_hint(self, similarities: Mapping[str, float]) -> None:
+        """Expects that skipping a candidate costs the more, the more it changes what passes it.
+
+        How far that holds is learnt from the losses.
+
+        Args:
+            similarities: by candidate, the cosine similarity in front of and behind it, as `attention_similarities`
+                returns; empty, to expect nothing.
+        """
+        if not similarities:
+            return
+        self.hint = [math.log(max(1.0 - similarities[name], 1e-9)) for name in self.candidates]
+        if not self.rounds and not self._steps:
+            self._take(regression.prior(len(self._posterior.mean), self._standard_hint))
+
     def note_step(self, names: Iterable[str], loss: float, step: int) -> None:
         """Takes the loss of a training step with `names` skipped. The costs follow with the next round."""
         indices = self._indices(names)
@@ -144,36 +171,57 @@ class ThompsonSampling(Strategy):
         return strategy
 
     def _draw(self, k: int | None) -> list[int]:
-        costs = self._posterior.mean + self._posterior.root @ self._normal(1)[0]
-        return self._chosen(costs.tolist()) if k is None else Goal("number", k).choose(costs.tolist())
+        costs = self._posterior.mean + self._posterior.root @ self._normal(len(self._posterior.mean))
+        return self._cheapest(costs, k)
 
-    def _chosen(self, costs: list[float] | None = None) -> list[int]:
-        """The best set by the expected costs, or by others."""
-        return self.goal.choose(self._posterior.mean.tolist() if costs is None else costs, self.level)
+    def _cheapest(self, costs: np.ndarray, k: int | None = None) -> list[int]:
+        """The best set for given costs of the features, of k candidates or by the goal."""
+        goal = self.goal if k is None else Goal("number", k)
+        if self._all_sets is None:
+            return goal.choose(costs.tolist(), self.level)
+        return goal.choose_among(self._all_sets.skipped, self._all_sets.features @ costs, self.level)
+
+    def _features(self, indices: Sequence[int]) -> np.ndarray:
+        skipped = np.zeros((1, len(self.candidates)))
+        skipped[0, indices] = 1.0
+        return features(skipped)[0]
 
     @property
     def level(self) -> float:
         """What a set costs beyond the sum of its costs, against nothing skipped; 0 while no round compared the two."""
         return self._level
 
-    def _normal(self, num: int, fork: bool = False) -> np.ndarray:
-        """(num, n) numbers of the standard normal distribution; with `fork`, the next draws stay what they are."""
-        before = self._num_draws
-        generator = np.random.default_rng(self._random().getrandbits(128))
-        if fork:
-            self._num_draws = before
-        return generator.standard_normal((num, len(self.candidates)))
+    @property
+    def _standard_hint(self) -> np.ndarray | None:
+        if self.hint is None:
+            return None
+        hint = np.array(self.hint)
+        return (hint - hint.mean()) / max(float(hint.std()), 1e-12)
+
+    def _normal(self, *shape: int) -> np.ndarray:
+        """Numbers of the standard normal distribution."""
+        return np.random.default_rng(self._random().getrandbits(128)).standard_normal(shape)
 
     def _learn(self) -> None:
         data = self._observations()
         if data is not None:
-            hint = None if self.hint is None else _standardised(np.array(self.hint))
-            self._posterior = regression.fit(data, self._best_for_fit, hint)
+            self._take(regression.fit(data, self._cheapest, self._standard_hint))
             self._level = float(self._posterior.level[REFERRED]) if (data.kind == REFERRED).any() else 0.0
-            self.scores = (-self._posterior.mean).tolist()
 
-    def _best_for_fit(self, costs: np.ndarray) -> list[int]:
-        return self.goal.choose(costs.tolist(), self._level)
+    def _take(self, posterior: regression.Posterior) -> None:
+        self._posterior = posterior
+        self._chosen = self._cheapest(posterior.mean)
+        self.scores = (-self._marginal @ posterior.mean).tolist()
+        self._gain = self._expected_gain() if self.rounds or self._steps else math.inf
+
+    @property
+    def _marginal(self) -> np.ndarray:
+        """(n, p): its product with the costs of features is what each candidate adds to the others that are chosen."""
+        rows = []
+        for index in range(len(self.candidates)):
+            others = [other for other in self._chosen if other != index]
+            rows.append(self._features([*others, index]) - self._features(others))
+        return np.array(rows)
 
     def _observations(self) -> regression.Observations | None:
         losses = [loss for record in self.rounds for loss in record["losses"]] + [loss for *_, loss in self._steps]
@@ -200,8 +248,10 @@ class ThompsonSampling(Strategy):
             skipped[row, indices] = 1.0
         _, group = np.unique([number for _, _, number, _ in rows], return_inverse=True)
         kind = np.array([kind for *_, kind in rows])
-        return regression.Observations(skipped, np.array([value for _, value, _, _ in rows]), group, kind)
+        return regression.Observations(
+            skipped, features(skipped), np.array([value for _, value, _, _ in rows]), group, kind
+        )
 
 
-def _standardised(values: np.ndarray) -> np.ndarray:
-    return (values - values.mean()) / max(float(values.std()), 1e-12)
+def _norms(rows: np.ndarray) -> list[float]:
+    return np.sqrt((rows**2).sum(1)).tolist()
