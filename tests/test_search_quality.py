@@ -95,12 +95,12 @@ def test_a_models_loss_is_that_without_the_attentions(tmp_path: Path) -> None:
 # --- methods -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "random"])
 def test_methods_find_the_cheapest_where_costs_add_up(method: str, seed: int, tmp_path: Path) -> None:
     problem, measured = table(tmp_path, noise=0.005)
-    choices = choices_at([360], METHODS[method](problem, 3, seed))
-    assert choices == {360: (1, 3, 5)}
+    choices = choices_at([240], METHODS[method](problem, 3, seed))
+    assert choices == {240: (1, 3, 5)}
     assert all(batch < NUM_SEARCH for _, batch in measured)
     assert {len(skipped) for skipped, _ in measured} <= {1 if method == "single drops" else 3}
 

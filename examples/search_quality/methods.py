@@ -5,7 +5,6 @@ evaluations it has made and its choice so far. One run thus gives the choices at
 loss of one set on one batch, whether another method has asked for it before or not.
 """
 
-import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from examples.search_quality.problem import Problem, Set
-from peft_eas.strategies import AttentionBandit, ThompsonSampling
+from peft_eas.strategies import AttentionBandit, Strategy, ThompsonSampling
+from peft_eas.strategies.bandit import Reward
 
 SETS_PER_ROUND = 3  # as `EASSearch` compares by default
 OFFSPRING, SURVIVORS = 6, 2
@@ -24,7 +24,7 @@ Choices = Iterator[tuple[int, Set]]
 Method = Callable[[Problem, int, int], Choices]
 
 
-def with_strategy(make: Callable[..., Any], problem: Problem, k: int, seed: int) -> Choices:
+def with_strategy(make: Callable[[Problem, int, int], Strategy], problem: Problem, k: int, seed: int) -> Choices:
     """Rounds of a strategy of peft_eas: `SETS_PER_ROUND` sets of its own choice are compared on one batch."""
     strategy = make(problem, k, seed)
     index = {name: number for number, name in enumerate(problem.candidates)}
@@ -36,18 +36,19 @@ def with_strategy(make: Callable[..., Any], problem: Problem, k: int, seed: int)
         yield spent, _set(map(index.get, strategy.best()))
 
 
-def thompson(problem: Problem, k: int, seed: int) -> Any:
-    """Thompson sampling, which expects nothing."""
+def thompson(problem: Problem, k: int, seed: int) -> ThompsonSampling:
+    """Thompson sampling that is told the cosine similarities, as `EASSearch` tells it."""
+    strategy = thompson_without_hint(problem, k, seed)
+    strategy.take_hint(dict(zip(problem.candidates, problem.similarities)))
+    return strategy
+
+
+def thompson_without_hint(problem: Problem, k: int, seed: int) -> ThompsonSampling:
+    """Thompson sampling that expects nothing."""
     return ThompsonSampling(problem.candidates, k, seed)
 
 
-def thompson_with_hint(problem: Problem, k: int, seed: int) -> Any:
-    """Thompson sampling that is told the cosine similarities."""
-    hint = {name: math.log(1.0 - value) for name, value in zip(problem.candidates, problem.similarities)}
-    return ThompsonSampling(problem.candidates, k, seed, hint)
-
-
-def bandit(reward: Any, problem: Problem, k: int, seed: int) -> Any:
+def bandit(reward: Reward, problem: Problem, k: int, seed: int) -> AttentionBandit:
     """The paper's bandit."""
     return AttentionBandit(problem.candidates, k, reward=reward, seed=seed)
 
@@ -131,7 +132,7 @@ def _set(indices: Any) -> Set:
 
 METHODS: dict[str, Method] = {
     "thompson": partial(with_strategy, thompson),
-    "thompson, hint": partial(with_strategy, thompson_with_hint),
+    "thompson, no hint": partial(with_strategy, thompson_without_hint),
     "bandit": partial(with_strategy, partial(bandit, "relative")),
     "bandit, exp": partial(with_strategy, partial(bandit, "exp")),
     "single drops": single_drops,
