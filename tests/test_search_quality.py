@@ -221,12 +221,12 @@ def test_the_program_runs_its_parts(
 ) -> None:
     part = program.Part(lambda args: table(args.output_dir)[0], (2,), (0, 1), True)
     monkeypatch.setitem(program.PROBLEMS, "meter", part)
-    argv = ["search_quality", "--parts", "meter", "--methods", "thompson", "random", "--output-dir", str(tmp_path)]
+    argv = ["search_quality", "--parts", "meter", "--methods", "bandit", "random", "--output-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     program.main()
     assert "## meter: 2 skipped, 15 sets" in capsys.readouterr().out
     assert {(record["method"], record["seed"]) for record in read_runs(tmp_path)} == {
-        (method, seed) for method in ("thompson", "random") for seed in (0, 1)
+        (method, seed) for method in ("bandit", "random") for seed in (0, 1)
     }
     monkeypatch.setattr(sys, "argv", ["search_quality", "--parts", "smollm2", "--output-dir", str(tmp_path)])
     with pytest.raises(SystemExit):
