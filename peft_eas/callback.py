@@ -41,7 +41,7 @@ LEAST_LEARNING_RATE = 3e-4
 
 SEARCH_FILE = "eas_search.json"
 # Of a search's state, what tells of the search itself.
-RECORDED = ("strategy", "skipped_modules", "curve", "measured")
+RECORDED = ("strategy", "skipped_modules", "curve", "measured", "savings", "schedule")
 
 
 class EASCallback(TrainerCallback, ExportableState):

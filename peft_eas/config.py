@@ -176,12 +176,19 @@ class EASConfig(PeftConfig):
             "costs to skip the MHA. Written at the end of the search, and shown on the model card."
         },
     )
+    search: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What the search expects of each number of skipped MHAs, and measured of those it chose. Written "
+            "at its end, and shown on the model card."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         # On a command line these are JSON, as in TrainingArguments.
-        for name in ("base_shape", "scores", "trainable_token_indices"):
+        for name in ("base_shape", "scores", "search", "trainable_token_indices"):
             if isinstance(getattr(self, name), str):
                 with suppress(json.JSONDecodeError):
                     setattr(self, name, json.loads(getattr(self, name)))
@@ -264,6 +271,7 @@ class EASConfig(PeftConfig):
             self.paths = 1
         for name in ("init_weights", "context_recorded"):
             require(name, isinstance(getattr(self, name), bool), "True or False")
+        require("search", self.search is None or isinstance(self.search, dict), "a dict, or None")
         require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")

