@@ -152,7 +152,8 @@ class ThompsonSampling(Strategy):
     def state_dict(self) -> dict[str, Any]:
         steps = [f"{step} {' '.join(map(str, indices))} {loss!r}" for step, indices, loss in self._steps]
         mean, deviation = self.costs()
-        own = {"hint": self.hint, "goal": asdict(self.goal), "steps": steps, "costs": mean, "deviations": deviation}
+        goal = {**asdict(self.goal), "savings": list(self.goal.savings)}
+        own = {"hint": self.hint, "goal": goal, "steps": steps, "costs": mean, "deviations": deviation}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
