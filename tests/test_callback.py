@@ -42,7 +42,7 @@ def test_rounds_compare_distinct_sets_at_their_steps(tmp_path):
     make_trainer(tmp_path, EASCallback(**SCHEDULE), watcher=watcher).train()
     record = json.loads((tmp_path / "eas_search.json").read_text())
     assert [entry["step"] for entry in record["strategy"]["rounds"]] == [6, 8, 10, 12]
-    assert all(len(set(entry["sets"])) == 3 for entry in record["strategy"]["rounds"])
+    assert all(1 < len(set(entry["sets"])) == len(entry["sets"]) for entry in record["strategy"]["rounds"])
     # No other evaluation ran: the model has seen exactly the sets of the rounds, and at the end what was chosen.
     drawn = [text for entry in record["strategy"]["rounds"] for text in entry["sets"]]
     seen = [tuple(NAMES[int(index)] for index in text.split()) for text in drawn]

@@ -12,6 +12,7 @@ from training import NAMES, SCHEDULE, Sentences, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from peft_eas import EASCallback, EASConfig, EASSearch
+from peft_eas.search.loop import HINT_BATCHES
 
 FAMILIES = ("llama", "gpt2")
 # Within the search, which has rewards from step 4 on; and behind it, while contexts are still annealed.
@@ -141,7 +142,7 @@ def test_in_rewards(tmp_path) -> None:
 
         def __getitem__(self, index):
             self.reads += 1
-            if self.reads > 14:  # in the second round
+            if self.reads > 4 * (1 + HINT_BATCHES) + 10:  # in the second or third round
                 raise KeyboardInterrupt("in the middle")
             return super().__getitem__(index)
 

@@ -44,12 +44,9 @@ class Posterior(NamedTuple):
     noise: np.ndarray
 
 
-def prior(num_features: int, hint: np.ndarray | None = None) -> Posterior:
-    """What is known before the first loss: nothing but the hint, see `fit`."""
-    mean = np.zeros(num_features)
-    if hint is not None:
-        mean[: len(hint)] = hint
-    return Posterior(mean, np.eye(num_features), np.zeros(0), np.zeros(0))
+def prior(num_features: int) -> Posterior:
+    """What is known before the first loss: nothing."""
+    return Posterior(np.zeros(num_features), np.eye(num_features), np.zeros(0), np.zeros(0))
 
 
 def fit(
@@ -62,8 +59,7 @@ def fit(
     Args:
         data: at least one loss.
         choose: the indices of the candidates in the best set, for given costs of the features.
-        hint: (n,) what is expected of the candidates' costs beforehand, of mean 0 and standard deviation 1; how far it
-            holds is learned.
+        hint: (n,) what the candidates' costs may go with, of mean 0 and standard deviation 1; how far is learned.
     """
     num, candidates = data.features.shape[1], data.skipped.shape[1]
     kinds, groups = NUM_KINDS, data.group.max() + 1
@@ -114,8 +110,6 @@ def fit(
         covariance = np.linalg.inv(information)
         covariance = (covariance + covariance.T) / 2.0
         towards = weighted.T @ values - scaled.T @ np.bincount(data.group, precision * values, groups)
-        if hint is not None:  # whose coefficient is expected to be as large as costs are
-            towards[-1] += known[-1] * np.sqrt(start)
         mean = covariance @ towards
 
         residual = values - design @ mean

@@ -65,10 +65,6 @@ class Strategy(ABC):
     def _learn(self) -> None:
         """Sets `scores` anew, given the last of `rounds` as well."""
 
-    def _widen(self, end: bool = False) -> None:
-        """Called when a set was drawn again for the same round, and once at the `end` of it."""
-        return None
-
     def figures(self) -> dict[str, float]:
         """What a log tells of the course of the search."""
         return {}
@@ -97,9 +93,6 @@ class Strategy(ABC):
             drawn = self._checked_draw(k)
             if drawn not in sets:
                 sets.append(drawn)
-            else:
-                self._widen()
-        self._widen(end=True)
         return [self._names(drawn) for drawn in sets]
 
     def update(self, sets: Sequence[Iterable[str]], losses: Sequence[float], step: int | None = None) -> None:

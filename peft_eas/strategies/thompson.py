@@ -59,9 +59,8 @@ class ThompsonSampling(Strategy):
         self._steps: list[tuple[int, list[int], float]] = []
         self._all_sets = all_sets(len(self.candidates))
         self._level = 0.0
-        self._width = 1.0
         num_features = len(self._features([]))
-        self._take(regression.prior(num_features, self._standard_hint))
+        self._take(regression.prior(num_features))
 
     @property
     def compares_with_nothing(self) -> bool:
@@ -165,19 +164,16 @@ class ThompsonSampling(Strategy):
         self._learn()
 
     def take_hint(self, similarities: Mapping[str, float]) -> None:
-        """Expects that skipping a candidate costs the more, the more it changes what passes it.
+        """Takes into account that a candidate's cost may go with how much it changes what passes it.
 
-        How far that holds is learnt from the losses.
+        How far it does is learnt from the losses; before the first, nothing is expected.
 
         Args:
             similarities: by candidate, the cosine similarity in front of and behind it, as `attention_similarities`
                 returns; empty, to expect nothing.
         """
-        if not similarities:
-            return
-        self.hint = [math.log(max(1.0 - similarities[name], 1e-9)) for name in self.candidates]
-        if not self.rounds and not self._steps:
-            self._take(regression.prior(len(self._posterior.mean), self._standard_hint))
+        if similarities:
+            self.hint = [math.log(max(1.0 - similarities[name], 1e-9)) for name in self.candidates]
 
     def note_step(self, names: Iterable[str], loss: float, step: int) -> None:
         """Takes the loss of a training step with `names` skipped. The costs follow with the next round."""
@@ -193,12 +189,8 @@ class ThompsonSampling(Strategy):
         return strategy
 
     def _draw(self, k: int | None) -> list[int]:
-        costs = self._posterior.mean + self._width * self._posterior.root @ self._normal(len(self._posterior.mean))
+        costs = self._posterior.mean + self._posterior.root @ self._normal(len(self._posterior.mean))
         return self._cheapest(costs, k)
-
-    def _widen(self, end: bool = False) -> None:
-        # A round of fewer sets would tell less: the next draws are taken from a wider distribution.
-        self._width = 1.0 if end else 1.1 * self._width
 
     def _cheapest(self, costs: np.ndarray, k: int | None = None) -> list[int]:
         """The best set for given costs of the features, of k candidates or by the goal."""

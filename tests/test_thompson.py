@@ -1,0 +1,159 @@
+"""The default search: on losses that are made up, it finds what is harmless, how many can go, and resumes exactly."""
+
+import json
+import math
+import random
+
+import pytest
+
+from peft_eas.strategies import AttentionBandit, ThompsonSampling, restored
+from peft_eas.strategies.goal import Goal
+
+SMALL = [f"layers.{i}.self_attn" for i in range(6)]
+
+
+class Llama:
+    """One vital attention, two that matter a little, and the others dead; as measured on a small Llama."""
+
+    def __init__(self, seed: int, num: int, noise: float) -> None:
+        self.random = random.Random(seed)
+        self.names = [f"layers.{i}.self_attn" for i in range(num)]
+        shuffled = self.random.sample(self.names, num)
+        self.vital, self.mild = shuffled[0], {shuffled[1]: 0.0015, shuffled[2]: 0.2}
+        self.noise = noise
+
+    def loss(self, names: list[str]) -> float:
+        if self.vital in names:
+            return 7.0 * math.exp(self.random.gauss(0.0, 0.1))
+        return (0.0015 + sum(self.mild.get(name, 0.0) for name in names)) * math.exp(
+            self.random.gauss(0.0, self.noise)
+        )
+
+    def is_harmless(self, names: list[str]) -> bool:
+        return not {self.vital, *self.mild} & set(names)
+
+
+def search(strategy, loss_of, rounds: int):
+    for step in range(rounds):
+        sets = strategy.sample_sets(3)
+        strategy.update(sets, [loss_of(names) for names in sets], step=step)
+    return strategy
+
+
+@pytest.mark.parametrize(("num", "noise"), [(6, 0.0), (6, 0.3), (30, 0.0), (30, 0.3)])
+def test_what_is_chosen_is_harmless(num, noise) -> None:
+    for seed in range(10):
+        llama = Llama(seed, num, noise)
+        strategy = search(ThompsonSampling(llama.names, num // 2, seed=seed), llama.loss, 36)
+        assert llama.is_harmless(strategy.best()), seed
+
+
+def test_it_finds_better_sets_than_the_bandit() -> None:
+    """Thirty candidates whose costs add up, on noisy batches."""
+    names = [f"layers.{i}.self_attn" for i in range(30)]
+    excess: dict[type, list[float]] = {ThompsonSampling: [], AttentionBandit: []}
+    for seed in range(5):
+        own = random.Random(seed)
+        costs = {name: own.expovariate(20.0) for name in names}
+        least = sum(sorted(costs.values())[:12])
+        for kind, rounds in ((ThompsonSampling, 60), (AttentionBandit, 60)):
+            batches = random.Random(seed)
+            strategy = kind(names, 12, seed=seed)
+            for step in range(rounds):
+                batch, sets = batches.gauss(1.0, 0.1), strategy.sample_sets(3)
+                losses = [math.exp(batch + sum(costs[n] for n in chosen) + batches.gauss(0, 0.02)) for chosen in sets]
+                strategy.update(sets, losses, step)
+            excess[kind].append(sum(costs[name] for name in strategy.best()) - least)
+    assert sum(excess[ThompsonSampling]) < 0.5 * sum(excess[AttentionBandit])
+
+
+def test_training_losses_tell_of_the_costs_too() -> None:
+    llama = Llama(0, 6, 0.3)
+    strategy = ThompsonSampling(llama.names, 3)
+    for step in range(200):
+        names = strategy.sample()
+        strategy.note_step(names, llama.loss(names), step)
+    strategy.note_step(llama.names[:3], math.nan, 200)
+    strategy.update([], [], 200)  # a round in which nothing could be compared
+    assert llama.is_harmless(strategy.best())
+
+
+def test_a_falling_loss_is_not_credited_to_what_is_skipped() -> None:
+    names = [f"layers.{i}.self_attn" for i in range(20)]
+    own = random.Random(0)
+    costs = {name: own.expovariate(20.0) for name in names}
+    strategy = ThompsonSampling(names, 8)
+    for number in range(40):
+        course = 1.0 - 0.4 * number / 40
+        for _ in range(5):
+            chosen = strategy.sample()
+            loss = course * math.exp(sum(costs[name] for name in chosen) + own.gauss(0, 0.1))
+            strategy.note_step(chosen, loss, number)
+        sets = strategy.sample_sets(3)
+        batch = own.gauss(0, 0.1)
+        losses = [course * math.exp(batch + sum(costs[n] for n in one) + own.gauss(0, 0.02)) for one in sets]
+        strategy.update(sets, losses, number)
+    means, deviations = strategy.costs_against_chosen()
+    chosen = strategy.best()
+    centre = sum(costs[name] for name in chosen) / len(chosen)
+    errors = [(mean - (costs[n] - centre)) / sd for n, mean, sd in zip(names, means, deviations)]
+    assert math.sqrt(sum(error**2 for error in errors) / len(errors)) < 2.0
+
+
+def test_it_goes_on_from_its_state_to_the_bit() -> None:
+    llama = Llama(3, 6, 0.3)
+    whole = ThompsonSampling(SMALL, 3, seed=3)
+    whole.take_hint({name: 0.9 + 0.01 * i for i, name in enumerate(SMALL)})
+    for step in range(20):
+        names = whole.sample()
+        whole.note_step(names, llama.loss(names), step)
+        if step % 4 == 3:
+            sets = whole.sample_sets(3)
+            whole.update(sets, [llama.loss(one) for one in sets], step)
+    resumed = restored(json.loads(json.dumps(whole.state_dict())))
+    assert resumed.state_dict() == whole.state_dict()
+    assert [resumed.sample() for _ in range(5)] == [whole.sample() for _ in range(5)]
+
+
+def test_as_many_as_a_cost_allows() -> None:
+    costs = dict(zip(SMALL, (2.0, 0.001, 0.3, 0.002, 0.1, 0.004)))
+    own = random.Random(0)
+    strategy = ThompsonSampling(SMALL, goal=Goal("cost", math.log(1.02)))
+    for step in range(40):
+        sets = strategy.sample_sets(3)
+        assert sets[0] == []
+        batch = own.gauss(1.0, 0.1)
+        losses = [math.exp(batch + sum(costs[n] for n in names) + own.gauss(0, 0.002)) for names in sets]
+        strategy.update(sets, losses, step)
+    assert strategy.best() == [SMALL[1], SMALL[3], SMALL[5]]
+    curve = strategy.curve()
+    assert curve["num_skip"] == list(range(7))
+    assert curve["increase"][0] == 0.0
+    assert curve["increase"][3] == pytest.approx(0.007, abs=0.01)
+    assert restored(strategy.state_dict()).best() == strategy.best()
+
+
+def test_the_cheapest_with_a_saving() -> None:
+    costs = dict(zip(SMALL, (0.01, 0.02, 0.03, 0.5, 0.5, 0.02)))
+    strategy = ThompsonSampling(SMALL, goal=Goal("saving", 4.0, (1.0, 1.0, 4.0, 4.0, 1.0, 1.0)))
+    search(strategy, lambda names: math.exp(sum(costs[name] for name in names)), 30)
+    assert strategy.best() == [SMALL[2]]
+
+
+def test_losses_below_zero_are_taken_as_they_are() -> None:
+    strategy = ThompsonSampling(SMALL, 2)
+    search(strategy, lambda names: -1.0 + 0.5 * len({SMALL[0], SMALL[1]} & set(names)), 20)
+    assert not {SMALL[0], SMALL[1]} & set(strategy.best())
+
+
+def test_the_curve_goes_through_what_was_measured() -> None:
+    strategy = search(ThompsonSampling(SMALL, 2), lambda names: math.exp(0.1 * len(names)), 5)
+    curve = strategy.curve([{"num_skip": 2, "increase": 0.3, "deviation": 0.05}])
+    assert curve["increase"][0] == 0.0
+    assert curve["increase"][2] == pytest.approx(0.3)
+    assert curve["deviation"][2] == pytest.approx(0.05)
+
+
+def test_one_of_number_and_goal_is_given() -> None:
+    with pytest.raises(ValueError, match="give one of the two"):
+        ThompsonSampling(SMALL)
