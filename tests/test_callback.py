@@ -14,7 +14,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_eas import EASCallback, EASConfig
 from peft_eas.search.check import NUM_BATCHES
-from peft_eas.search.loop import HINT_BATCHES
 from peft_eas.strategies import restored
 
 # --- the course of a run -------------------------------------------------------------------------------------------
@@ -46,7 +45,6 @@ def test_rounds_compare_distinct_sets_at_their_steps(tmp_path):
     # No other evaluation ran: the model has seen exactly the sets of the rounds, and at the end what was chosen.
     drawn = [text for entry in record["strategy"]["rounds"] for text in entry["sets"]]
     seen = [tuple(NAMES[int(index)] for index in text.split()) for text in drawn]
-    seen = [()] * HINT_BATCHES + seen
     assert watcher.in_evaluation == seen + [(), tuple(record["skipped_modules"])] * NUM_BATCHES
     (measured,) = record["measured"]
     assert measured["num_skip"] == 2

@@ -12,7 +12,6 @@ from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_mod
 
 from peft_eas import EASCallback
 from peft_eas.search.check import NUM_BATCHES
-from peft_eas.search.loop import HINT_BATCHES
 from peft_eas.search.rewards import hold_back
 
 
@@ -51,10 +50,7 @@ def test_each_round_has_a_batch_of_its_own_until_all_were_used(tmp_path, shuffle
     trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE, reward_dataset=rewards, seed=shuffle_seed))
     trainer.train()
     rounds = [sorted(rewards.seen[i : i + 4]) for i in range(0, len(rewards.seen), 4)]
-    # One to look for labels, those that give a hint, four rounds, and those that check the choice.
-    assert len(rounds) == 1 + HINT_BATCHES + 4 + NUM_BATCHES
-    assert rounds[1 : 1 + HINT_BATCHES] == rounds[1 + HINT_BATCHES : 1 + 2 * HINT_BATCHES]
-    rounds = rounds[HINT_BATCHES:]
+    assert len(rounds) == 5 + NUM_BATCHES  # one to look for labels, four rounds, and those that check the choice
     assert sorted([*rounds[1], *rounds[2], *rounds[3]]) == list(range(12))
     assert rounds[4] == rounds[1]
 
@@ -137,7 +133,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 def test_the_eval_set_is_used_when_no_other_is_given(tmp_path):
     evaluation, other = Sentences(size=20, seed=1), Sentences(size=20, seed=2)
-    batches = 4 * (1 + HINT_BATCHES + 4 + NUM_BATCHES)
+    batches = 4 * (5 + NUM_BATCHES)
     make_trainer(tmp_path / "a", EASCallback(**SCHEDULE), eval_dataset=evaluation).train()
     assert len(evaluation.seen) == batches
     make_trainer(tmp_path / "b", EASCallback(**SCHEDULE), eval_dataset={"first": evaluation, "second": other}).train()
@@ -196,7 +192,7 @@ def test_nan_rewards_are_warned_about_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="left out 3 of 3 skip sets"):
         trainer.train()
     record = json.loads((tmp_path / "eas_search.json").read_text())
-    assert record["strategy"]["num_nonfinite"] == 12
+    assert record["strategy"]["num_nonfinite"] == sum(len(entry["sets"]) for entry in record["strategy"]["rounds"]) > 8
     assert all(map(math.isfinite, record["strategy"]["scores"]))  # learnt from training losses
     assert record["measured"] == []
 

@@ -16,7 +16,6 @@ from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_mod
 from peft_eas import EASCallback, EASSearch, Skippable
 from peft_eas.runtime.adapter import RoutedAdapter
 from peft_eas.search.check import NUM_BATCHES
-from peft_eas.search.loop import HINT_BATCHES
 from peft_eas.search.schedule import SETTINGS
 from peft_eas.search.skippable import eas_of
 
@@ -103,8 +102,7 @@ def test_it_is_what_the_callback_does_under_trainer(tmp_path) -> None:
     )
     trainer.train()
     run = LikeTrainer(model={"dropout": 0.0})
-    # The first was only looked at for labels; those that tell how much attentions change come again in the rounds.
-    run.search.batches = make_batches(evaluation, evaluation.seen[4 * (1 + HINT_BATCHES) :])
+    run.search.batches = make_batches(evaluation, evaluation.seen[4:])  # the first was only looked at for labels
     run.train(make_batches(training, training.seen[: 4 * STEPS]))
     assert run.skipped == watcher.in_steps
     assert run.search.state_dict()["strategy"] == callback.record["strategy"]
@@ -193,8 +191,7 @@ def test_the_running_context_takes_ever_more_of_the_prompts_place() -> None:
         run.train([batch])
         between.append(calls[-1])
     assert shares[True] == pytest.approx([0.0] * 5 + [step / 12 for step in range(1, 12)] + [0.0] * 4)
-    hint, rewards, check = shares[False][:HINT_BATCHES], shares[False][HINT_BATCHES:-8], shares[False][-8:]
-    assert hint == pytest.approx([2 / 12] * HINT_BATCHES)
+    rewards, check = shares[False][:-8], shares[False][-8:]
     assert rewards == pytest.approx([share for share in (2 / 12, 4 / 12, 6 / 12, 8 / 12) for _ in range(3)])
     assert check == pytest.approx([8 / 12] * 2 * NUM_BATCHES)
     assert between == [0.0] * STEPS
@@ -248,8 +245,7 @@ def test_rewards_leave_everything_as_it_was() -> None:
     contexts = {name: value.clone() for name, value in run.model.named_buffers()}
     run.search.before_step()
     run.search.after_step()
-    assert [number for number, *_ in seen] == [*range(HINT_BATCHES), 0, 0, 0]
-    assert not any(any(modes) for _, *modes in seen)
+    assert seen == [(0, False, False, False)] * 3
     assert run.model.training
     assert not frozen.training
     assert all(

@@ -1,7 +1,6 @@
 """`EASSearch`: the search in a training loop of your own. It knows nothing of Trainer."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,13 +20,9 @@ from .evaluation import evaluation_mode, from_all_ranks, mean_over_ranks, preser
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
 from .savings import Savings, count_kv_bytes, measure_time
 from .schedule import SETTINGS, FreezeAt, Schedule, StrategyName, check_settings, default_interval
-from .similarity import FlexMask, metered
 from .skippable import eas_of, needs_search
 
 logger = logging.getLogger(__name__)
-
-# Held-out batches on which the strategy is told, before the first round, how much each attention changes.
-HINT_BATCHES = 2
 
 
 class EASSearch:
@@ -367,29 +362,11 @@ class EASSearch:
     def _compare(self) -> None:
         """A round of rewards: a few sets on one held-out batch."""
         self._pass_on_steps()
-        if not self.strategy.rounds and isinstance(self.strategy, ThompsonSampling) and isinstance(self.eas, EASModel):
-            self.strategy.take_hint(self._similarities())
         sets = self.strategy.sample_sets(self.num_candidates)
         losses = self._losses(sets, len(self.strategy.rounds))
         self.strategy.update(sets, losses, step=self.step)
         self.eas.set_skipped_modules(self.strategy.best())
         self.eas.active_config.note_scores(self._scores)
-
-    def _similarities(self) -> dict[str, float]:
-        """By candidate, the cosine similarity in front of and behind it; none where they cannot be had.
-
-        As of `attention_similarities`, while rewards are computed with nothing skipped; the mean over the ranks.
-        """
-        with metered(self.eas) as meters:
-            try:
-                for number in range(HINT_BATCHES):
-                    self._losses([[]], number)
-            except FlexMask:
-                return {}
-        own = [meter.similarity if meter.count else math.nan for meter in meters.values()]
-        device = next(self.model.parameters()).device
-        means = mean_over_ranks(torch.tensor(own, dtype=torch.float32, device=device))
-        return dict(zip(meters, means)) if all(map(math.isfinite, means)) else {}
 
     def _losses(self, sets: Sequence[Sequence[str]], number: int) -> list[float]:
         """The loss with each set skipped, on held-out batch `number`.

@@ -65,11 +65,7 @@ def fit(
     kinds, groups = NUM_KINDS, data.group.max() + 1
     kind_of_group = np.zeros(groups, int)
     kind_of_group[data.group] = data.kind
-    in_kind = np.eye(kinds)[data.kind]
-    time = _time(data)[:, None]
-    # Besides its level each kind has a course, as the model learns meanwhile; else that is credited to what is
-    # skipped ever more often.
-    columns = [data.features, in_kind, in_kind * time, in_kind * time**2]
+    columns = [data.features, np.eye(kinds)[data.kind]]
     if hint is not None:
         columns.append(data.skipped @ hint[:, None])
     design = np.concatenate(columns, 1)
@@ -87,9 +83,7 @@ def fit(
     noise, between = np.full(kinds, (0.3 * typical) ** 2), np.full(kinds, typical**2)
     weight, nearness = np.ones(len(values)), np.ones(len(values))
     of_kind = np.bincount(data.kind, minlength=kinds), np.bincount(kind_of_group, minlength=kinds)
-    fixed_precision = np.concatenate(
-        [np.full(3 * kinds, 1e-4 / start), *([[1.0 / start]] if hint is not None else [])]
-    )
+    fixed_precision = np.concatenate([np.full(kinds, 1e-4 / start), *([[1.0 / start]] if hint is not None else [])])
     to_costs = np.zeros((num, design.shape[1]))
     to_costs[:, :num] = np.eye(num)
     if hint is not None:
@@ -134,19 +128,8 @@ def fit(
 
     variance = to_costs @ covariance @ to_costs.T
     root = np.linalg.cholesky(variance + 1e-9 * np.trace(variance) / num * np.eye(num))
-    # At the end of each kind's course.
-    level = mean[num : num + 3 * kinds].reshape(3, kinds).sum(0) + heights
+    level = mean[num : num + kinds] + heights
     return Posterior(to_costs @ mean, root, level, np.sqrt(noise))
-
-
-def _time(data: Observations) -> np.ndarray:
-    """When a value was taken, from −1 for the first group of its kind to 1 for the last."""
-    time = np.zeros(len(data.values))
-    for kind in np.unique(data.kind):
-        rows = data.kind == kind
-        first, last = data.group[rows].min(), data.group[rows].max()
-        time[rows] = 2.0 * (data.group[rows] - first) / max(1, last - first) - 1.0 if last > first else 0.0
-    return time
 
 
 def _typical_spread(data: Observations, values: np.ndarray) -> float:

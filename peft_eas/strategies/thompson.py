@@ -190,6 +190,9 @@ class ThompsonSampling(Strategy):
 
     def _draw(self, k: int | None) -> list[int]:
         costs = self._posterior.mean + self._posterior.root @ self._normal(len(self._posterior.mean))
+        if k is None and self.goal.kind == "cost":
+            # Never nothing, from which nothing is learnt, and now and then one more or less than is believed in.
+            k = min(max(1, len(self._cheapest(costs)) + self._random().choice((-1, 0, 1))), len(self.candidates))
         return self._cheapest(costs, k)
 
     def _cheapest(self, costs: np.ndarray, k: int | None = None) -> list[int]:
