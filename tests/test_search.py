@@ -192,7 +192,9 @@ def test_the_running_context_takes_ever_more_of_the_prompts_place() -> None:
         between.append(calls[-1])
     assert shares[True] == pytest.approx([0.0] * 5 + [step / 12 for step in range(1, 12)] + [0.0] * 4)
     rewards, check = shares[False][:-8], shares[False][-8:]
-    assert rewards == pytest.approx([share for share in (2 / 12, 4 / 12, 6 / 12, 8 / 12) for _ in range(3)])
+    sizes = [len(entry["sets"]) for entry in run.search.strategy.rounds]
+    shares_of_rounds = zip((2 / 12, 4 / 12, 6 / 12, 8 / 12), sizes, strict=True)
+    assert rewards == pytest.approx([share for share, size in shares_of_rounds for _ in range(size)])
     assert check == pytest.approx([8 / 12] * 2 * NUM_BATCHES)
     assert between == [0.0] * STEPS
 

@@ -32,7 +32,9 @@ class Goal:
             level: what a set costs beyond the sum of its costs.
         """
         if self.kind == "saving":
-            return list(Budget(costs, self.savings).of_saving(self.amount).indices)
+            # What seems to cost less than nothing is still not skipped beyond the need.
+            positive = [max(cost, 1e-9) for cost in costs]
+            return list(Budget(positive, self.savings).of_saving(self.amount).indices)
         order = cheapest_first(costs)
         if self.kind == "number":
             return sorted(order[: int(self.amount)])
@@ -47,7 +49,9 @@ class Goal:
             is_allowed = (costs + level <= self.amount) & (sizes > 0)
             is_allowed &= sizes == sizes[is_allowed].max(initial=-1.0)
         elif self.kind == "saving":
-            is_allowed = sets @ np.array(self.savings) >= self.amount * (1.0 - 1e-9)
+            savings, enough = sets @ np.array(self.savings), self.amount * (1.0 - 1e-9)
+            least = np.where(sets > 0.0, np.array(self.savings), np.inf).min(1)
+            is_allowed = (savings >= enough) & (savings - least < enough)  # and none of the set can be spared
         else:
             is_allowed = sizes == self.amount
         if not is_allowed.any():
