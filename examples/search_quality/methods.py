@@ -36,15 +36,15 @@ def with_strategy(make: Callable[[Problem, int, int], Strategy], problem: Proble
         yield spent, _set(map(index.get, strategy.best()))
 
 
-def thompson(problem: Problem, k: int, seed: int) -> ThompsonSampling:
-    """Thompson sampling that is told the cosine similarities, as `EASSearch` tells it."""
-    strategy = thompson_without_hint(problem, k, seed)
+def thompson_with_hint(problem: Problem, k: int, seed: int) -> ThompsonSampling:
+    """Thompson sampling that is told the cosine similarities."""
+    strategy = thompson(problem, k, seed)
     strategy.take_hint(dict(zip(problem.candidates, problem.similarities)))
     return strategy
 
 
-def thompson_without_hint(problem: Problem, k: int, seed: int) -> ThompsonSampling:
-    """Thompson sampling that expects nothing."""
+def thompson(problem: Problem, k: int, seed: int) -> ThompsonSampling:
+    """Thompson sampling, as `EASSearch` does it."""
     return ThompsonSampling(problem.candidates, k, seed)
 
 
@@ -132,7 +132,7 @@ def _set(indices: Any) -> Set:
 
 METHODS: dict[str, Method] = {
     "thompson": partial(with_strategy, thompson),
-    "thompson, no hint": partial(with_strategy, thompson_without_hint),
+    "thompson, hint": partial(with_strategy, thompson_with_hint),
     "bandit": partial(with_strategy, partial(bandit, "relative")),
     "bandit, exp": partial(with_strategy, partial(bandit, "exp")),
     "single drops": single_drops,

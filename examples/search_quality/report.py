@@ -13,7 +13,7 @@ from examples.shared.measure import markdown_table
 
 STYLES = {  # from the palette of Okabe and Ito, which is told apart with any colour vision
     "thompson": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
-    "thompson, no hint": {"color": "#56B4E9", "marker": "s"},
+    "thompson, hint": {"color": "#56B4E9", "marker": "s"},
     "bandit": {"color": "#D55E00", "marker": "*"},
     "bandit, exp": {"color": "#E69F00", "marker": "^"},
     "single drops": {"color": "#009E73", "marker": "P"},
