@@ -14,9 +14,10 @@ from transformers.trainer_callback import ExportableState
 
 from .injection.checks import first_layer_note
 from .model import EASModel
+from .search.choice import savings_of
 from .search.loop import EASSearch
 from .search.rewards import RewardSet, choose_reward_set, hold_back
-from .search.savings import Savings, count_kv_bytes, measure_time
+from .search.savings import Savings
 from .search.schedule import SETTINGS, FreezeAt, StrategyName, check_settings
 from .search.skippable import eas_of, needs_search
 from .search.trainer import (
@@ -293,8 +294,8 @@ class EASCallback(TrainerCallback, ExportableState):
 
     def _savings(self, trainer: Trainer, model: nn.Module) -> Savings:
         batch = self._choose_rewards(trainer).inputs(0)
-        is_time = eas_of(model, type(self).__name__, "Trainer").active_config.target_speedup is not None
-        savings = (measure_time if is_time else count_kv_bytes)(model, batch, **(self.workload or {}))
+        config = eas_of(model, type(self).__name__, "Trainer").active_config
+        savings = savings_of(config, model, batch, **(self.workload or {}))
         logger.info(
             "EAS: without attentions, the merged model would need %.1f %% of the base's %s.",
             100 * savings.left(savings.saved),

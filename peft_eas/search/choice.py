@@ -1,13 +1,15 @@
 """What a search is to find, and the strategy that finds it: from the config, the settings, or a saved state."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from ..config import EASConfig
 from ..strategies import STRATEGIES, AttentionBandit, Strategy, ThompsonSampling, restored
 from ..strategies.goal import Goal
-from .savings import Savings
+from .savings import Savings, count_kv_bytes, measure_time
 
 # Predicted speed-ups were within 1.5 % of those measured after a merge, on six families.
 SAFETY = 1.02
@@ -29,6 +31,12 @@ def goal_of(config: EASConfig, measure: Callable[[], Savings]) -> Goal | None:
         value = max(value, min(value * SAFETY, savings.speedup(savings.saved)))
     amount = savings.for_speedup(value) if name == "target_speedup" else savings.for_share(value)
     return Goal("saving", amount, tuple(savings.saved.values()))
+
+
+def savings_of(config: EASConfig, model: nn.Module, batch: Mapping[str, Any], **shapes: int) -> Savings:
+    """What the config's target is about, time or bytes of KV cache, as `measure_time` or `count_kv_bytes` tell it."""
+    measure = count_kv_bytes if config.target_speedup is None else measure_time
+    return measure(model, batch, **shapes)
 
 
 def new_strategy(

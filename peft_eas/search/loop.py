@@ -15,10 +15,10 @@ from ..strategies.bandit import Reward
 from ..strategies.goal import Goal
 from ..values import python_number
 from .check import checked_choice
-from .choice import goal_of, new_strategy, resumed_strategy
+from .choice import goal_of, new_strategy, resumed_strategy, savings_of
 from .evaluation import evaluation_mode, from_all_ranks, mean_over_ranks, preserved_random_state
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
-from .savings import Savings, count_kv_bytes, measure_time
+from .savings import Savings
 from .schedule import SETTINGS, FreezeAt, Schedule, StrategyName, check_settings, default_interval
 from .skippable import eas_of, needs_search
 
@@ -145,9 +145,9 @@ class EASSearch:
         self.step = 0
         self.strategy: Strategy | None = None
         self._has_begun = False
-        # Training losses since the last round, as (set, step, loss by rank).
         self._savings: dict[str, Any] | None = None
         self._measured_points: list[dict[str, float]] = []
+        # Training losses since the last round, as (set, step, loss by rank).
         self._pending: list[tuple[list[str], int, torch.Tensor]] = []
         config = self.eas.active_config
         if (config.num_skip or 0) > len(self.eas.candidates):
@@ -351,7 +351,7 @@ class EASSearch:
                 "dictionaries of the model's arguments. Pass EASSearch(savings=measure_time(model, batch)) or "
                 "count_kv_bytes(model, batch)."
             )
-        return (measure_time if name == "target_speedup" else count_kv_bytes)(self.model, batch)
+        return savings_of(self.eas.active_config, self.model, batch)
 
     # --- the search ------------------------------------------------------------------------------------------------
 

@@ -37,22 +37,6 @@ class Savings(NamedTuple):
         """How many times as fast as the base the model is if the candidates `names` are skipped; of seconds."""
         return 1.0 / self.left(names)
 
-    def corrected(self, names: Collection[str], speedup: float) -> "Savings":
-        """The same with all that is saved scaled, so that the candidates `names` give what `measured_speedup` found.
-
-        With it a choice that misses its target by the few percent that the parts do not tell can be made anew.
-
-        Raises:
-            ValueError: if `names` save nothing.
-        """
-        told = self.base * (1.0 - self.left(names))
-        if told <= 0.0:
-            raise ValueError(
-                f"The candidates {list(names)} save nothing, so that a speedup of {speedup:g} tells nothing."
-            )
-        factor = self.base * max(0.0, 1.0 - 1.0 / speedup) / told
-        return self._replace(saved={name: factor * saved for name, saved in self.saved.items()})
-
     def for_speedup(self, speedup: float) -> float:
         """What has to be saved for a model `speedup` times as fast as the base; of seconds.
 

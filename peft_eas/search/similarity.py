@@ -1,7 +1,6 @@
 """How much each attention changes what passes it: a choice of what to skip that needs no search."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -54,40 +53,30 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
             f"attention_similarities compares what all attentions do, but {len(eas.skipped_modules)} are skipped, "
             f"such as {eas.skipped_modules[0]}. Call set_skipped_modules([]) first."
         )
-    with metered(eas) as meters, evaluation_mode(model):
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise TypeError(
-                    f"attention_similarities was given a batch of type {type(batch).__name__}. Pass an iterable "
-                    "of batches, each a dictionary of the model's arguments."
-                )
-            model(**batch)
+    candidates = {layer.candidate.name: layer.candidate for layer in eas.modules() if isinstance(layer, MHALayer)}
+    meters = {name: _Meter(eas.model, candidates[name]) for name in eas.candidates}
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                if not isinstance(batch, Mapping):
+                    raise TypeError(
+                        f"attention_similarities was given a batch of type {type(batch).__name__}. Pass an iterable "
+                        "of batches, each a dictionary of the model's arguments."
+                    )
+                model(**batch)
+    finally:
+        for meter in meters.values():
+            meter.remove()
     unreached = [name for name, meter in meters.items() if meter.count == 0]
     if unreached:
         raise ValueError(
             f"{len(unreached)} of {len(meters)} attentions were not called, or with hidden tokens alone, such as "
             f"{unreached[0]}. Pass at least one batch, with all the inputs that the model attends to."
         )
-    return {name: meter.similarity for name, meter in meters.items()}
+    return {name: float(meter.total / meter.count) for name, meter in meters.items()}
 
 
-class FlexMask(ValueError):
-    """Of an attention mask that does not tell which tokens are padding."""
-
-
-@contextlib.contextmanager
-def metered(eas: EASModel) -> Iterator[dict[str, "Meter"]]:
-    """A meter at each candidate, which counts what passes while nothing is skipped."""
-    candidates = {layer.candidate.name: layer.candidate for layer in eas.modules() if isinstance(layer, MHALayer)}
-    meters = {name: Meter(eas.model, candidates[name]) for name in eas.candidates}
-    try:
-        yield meters
-    finally:
-        for meter in meters.values():
-            meter.remove()
-
-
-class Meter:
+class _Meter:
     """Hooks around one MHA that add up the similarities of its tokens."""
 
     def __init__(self, model: nn.Module, candidate: Candidate) -> None:
@@ -95,7 +84,7 @@ class Meter:
         self.is_post_norm = row.kept_norm is not None
         self.mask: Any = None
         self.before: torch.Tensor | None = None
-        self.total = 0.0
+        self.total = torch.zeros((), dtype=torch.float64)
         self.count = 0
 
         block = model.get_submodule(candidate.block)
@@ -107,11 +96,6 @@ class Meter:
             model.get_submodule(join(candidate.block, last)).register_forward_hook(self._compare),
         ]
 
-    @property
-    def similarity(self) -> float:
-        """Mean over the tokens, in [-1, 1]."""
-        return self.total / self.count
-
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -119,7 +103,7 @@ class Meter:
     def _note_mask(self, argument: Argument, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.mask = argument.read(args, kwargs)
         if self.mask is not None and not isinstance(self.mask, torch.Tensor):
-            raise FlexMask(
+            raise ValueError(
                 f"attention_similarities cannot tell the padding from an attention mask of type "
                 f"{type(self.mask).__name__}. Load the model with attn_implementation='sdpa' or 'eager'."
             )
@@ -129,12 +113,11 @@ class Meter:
 
     def _compare(self, module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        dtype = torch.float32 if output.device.type == "mps" else torch.float64  # which Apple's GPUs lack
-        before = self.before.to(dtype)
-        behind = output.to(dtype) if self.is_post_norm else before + output.to(dtype)
+        before = self.before.double()
+        behind = output.double() if self.is_post_norm else before + output.double()
         similarities = F.cosine_similarity(before, behind, dim=-1)
         if self.mask is not None:
             mask = attended_tokens(self.mask, similarities.shape[-1])
             similarities = similarities[mask.expand_as(similarities).to(similarities.device)]
-        self.total += float(similarities.sum())
+        self.total = self.total.to(similarities.device) + similarities.sum()
         self.count += similarities.numel()

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -56,7 +57,7 @@ class ThompsonSampling(Strategy):
             raise ValueError(f"ThompsonSampling(num_skip={num_skip}, goal={goal}): give one of the two.")
         self.goal = Goal("number", num_skip) if goal is None else goal
         self.hint: list[float] | None = None
-        self._steps: list[tuple[int, list[int], float]] = []
+        self._steps: deque[tuple[int, list[int], float]] = deque(maxlen=MAX_STEPS)
         self._all_sets = all_sets(len(self.candidates))
         self._level = 0.0
         num_features = len(self._features([]))
@@ -76,8 +77,7 @@ class ThompsonSampling(Strategy):
 
     def costs(self) -> tuple[list[float], list[float]]:
         """Expected increase of the log loss by skipping each candidate, and its standard deviation."""
-        marginal = self._marginal
-        return (marginal @ self._posterior.mean).tolist(), _norms(marginal @ self._posterior.root)
+        return self._told(self._marginal)
 
     def costs_against_chosen(self) -> tuple[list[float], list[float]]:
         """As `costs`, against the mean cost of the chosen. While all sets are of one size, only such differences are
@@ -85,7 +85,11 @@ class ThompsonSampling(Strategy):
         marginal = self._marginal
         if self._chosen:
             marginal = marginal - marginal[self._chosen].mean(0)
-        return (marginal @ self._posterior.mean).tolist(), _norms(marginal @ self._posterior.root)
+        return self._told(marginal)
+
+    def _told(self, features: np.ndarray) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of what each row of features (S, p) costs."""
+        return (features @ self._posterior.mean).tolist(), _norms(features @ self._posterior.root)
 
     def curve(self, measured: Sequence[Mapping[str, float]] = ()) -> dict[str, list[float]]:
         """By number of candidates skipped, the cheapest first: the expected increase of the log loss against nothing
@@ -123,10 +127,9 @@ class ThompsonSampling(Strategy):
         self._num_draws = before  # the next draws stay what they are
         # With a cost as the goal, sets of the chosen size are compared.
         k = len(self._chosen) if self.goal.kind == "cost" else None
-        gains = []
+        chosen, gains = self._features(self._chosen), []
         for costs in self._posterior.mean + noise @ self._posterior.root.T:
-            better = self._features(self._cheapest(costs, k))
-            gains.append(float((self._features(self._chosen) - better) @ costs))
+            gains.append(float((chosen - self._features(self._cheapest(costs, k))) @ costs))
         return statistics.fmean(gains)
 
     def spread(self) -> float:
@@ -160,7 +163,9 @@ class ThompsonSampling(Strategy):
         self.goal = Goal(**{**state["goal"], "savings": tuple(state["goal"]["savings"])})
         self.hint = state["hint"]
         parts = [text.split() for text in state["steps"]]
-        self._steps = [(int(step), [int(index) for index in indices], float(loss)) for step, *indices, loss in parts]
+        self._steps.clear()
+        for step, *indices, loss in parts:
+            self._steps.append((int(step), [int(index) for index in indices], float(loss)))
         self._learn()
 
     def take_hint(self, similarities: Mapping[str, float]) -> None:
@@ -179,7 +184,7 @@ class ThompsonSampling(Strategy):
         """Takes the loss of a training step with `names` skipped. The costs follow with the next round."""
         indices = self._indices(names)
         if math.isfinite(loss):
-            self._steps = [*self._steps[-(MAX_STEPS - 1) :], (step, indices, float(loss))]
+            self._steps.append((step, indices, float(loss)))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "ThompsonSampling":
