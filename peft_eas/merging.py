@@ -177,9 +177,10 @@ class MergingTuner(BaseTuner):
     def _warn_without_search(self, name: str) -> None:
         config = self.peft_config[name]
         if config.is_to_skip and config.skipped_modules is None and not self.skipped_modules:
+            how_many = f"{config.num_skip} attentions" if config.num_skip else "attentions"
             warnings.warn(
-                f"The EAS adapter {name!r} was to skip attentions, but none was chosen, so the "
-                "merged model skips none. Train with callbacks=[EASCallback()], or name them with skipped_modules or "
+                f"The EAS adapter {name!r} was to skip {how_many}, but none was chosen, so the merged model skips "
+                "none. Train with callbacks=[EASCallback()], or name them with skipped_modules or "
                 "fix_skipped_modules().",
                 stacklevel=4,
             )
