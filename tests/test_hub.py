@@ -244,7 +244,8 @@ def test_trainer_pushes_the_card(client):
 from pathlib import Path
 from training import make_trainer, SCHEDULE
 from peft_eas import EASCallback
-trainer = make_trainer(Path("run"), EASCallback(strategy="bandit", **SCHEDULE), hub_model_id="me/trained", hub_strategy="end")
+callback = EASCallback(strategy="bandit", **SCHEDULE)
+trainer = make_trainer(Path("run"), callback, hub_model_id="me/trained", hub_strategy="end")
 trainer.train()
 trainer.push_to_hub()
 show(scores=trainer.model.peft_config["default"].scores)

@@ -21,7 +21,7 @@ class Savings(NamedTuple):
     """What a model needs, and what skipping each candidate saves of it.
 
     Attributes:
-        unit: "seconds", "bytes" or "candidates". base: what the base model needs, with nothing skipped and without
+        unit: "seconds" or "bytes". base: what the base model needs, with nothing skipped and without
             adapters, which a merge folds away. saved: by full name of the candidate, in the model's order.
     """
 
@@ -73,12 +73,6 @@ class Speedup(NamedTuple):
     median: float
     low: float
     high: float
-
-
-def count_candidates(model: nn.Module) -> Savings:
-    """One for each candidate: for a `Skippable` that is no `EASModel`, and where nothing but the number counts."""
-    names = eas_of(model, "count_candidates", "it").candidates
-    return Savings("candidates", float(len(names)), dict.fromkeys(names, 1.0))
 
 
 def measure_time(
@@ -221,7 +215,7 @@ def _eas_model(model: nn.Module, caller: str) -> EASModel:
     if not isinstance(eas, EASModel):
         raise TypeError(
             f"{caller} looks at attentions, of which a {type(eas).__name__} tells nothing. Pass it the model that "
-            "get_peft_model(model, EASConfig(...)) returns, or count its candidates."
+            "get_peft_model(model, EASConfig(...)) returns, or search for num_skip attentions."
         )
     if any(layer.merged for layer in layers_of(eas, MHALayer)):
         raise ValueError(f"{caller} looks at the base, but the adapters are merged. Call unmerge_adapter() first.")

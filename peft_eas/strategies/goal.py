@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from .budget import Budget
+from .budget import cheapest_with_saving
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Goal:
         if self.kind == "saving":
             # What seems to cost less than nothing is still not skipped beyond the need.
             positive = [max(cost, 1e-9) for cost in costs]
-            return list(Budget(positive, self.savings).of_saving(self.amount).indices)
+            return cheapest_with_saving(positive, self.savings, self.amount)
         order = cheapest_first(costs)
         if self.kind == "number":
             return sorted(order[: int(self.amount)])
