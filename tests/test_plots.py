@@ -300,7 +300,7 @@ def test_the_loss_curve_shows_what_is_expected_and_what_was_measured(tmp_path, d
     band = axes.collections[0].get_paths()[0].vertices
     assert band[band[:, 0] == 2][:, 1].min() == pytest.approx(100 * math.expm1(0.01))
     assert band[band[:, 0] == 2][:, 1].max() == pytest.approx(100 * math.expm1(0.05))
-    (choice,) = (line for label, line in lines.items() if label.startswith("2 skipped"))
+    (choice,) = (line for label, line in lines.items() if label == "2 skipped: +3.0 ± 2.1 %")
     assert list(choice.get_xdata()) == [2, 2]
     point = axes.containers[0].lines
     assert (point[0].get_xdata()[0], point[0].get_ydata()[0]) == (2, pytest.approx(100 * math.expm1(0.04)))

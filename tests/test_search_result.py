@@ -65,15 +65,6 @@ def test_the_table_around_the_choice():
     assert rows[0] == ("0", "+0.0 ± 1.0 %", "+0.00 %")
 
 
-def test_a_choice_that_is_not_the_cheapest_of_its_size():
-    """As one that has to save so much, where savings differ: the curve is not about it."""
-    result, choice = SearchResult.of(FOUND), list("acdef")
-    assert result.sentence(SCORES, choice).endswith("against nothing skipped by: measured +6.0 ± 2.1 %.")
-    rows = {row[0]: row[1:] for row in result.table(SCORES, choice)}
-    assert rows["5, the choice"] == ("", "+6.0 ± 2.1 %", "1.33×")
-    assert rows["4"] == ("+4.0 ± 1.0 %", "", "1.33×")
-
-
 def test_the_kv_cache_that_is_left():
     savings = {"unit": "bytes", "total": 4.0, "per_candidate": [1.0] * 4}
     assert SearchResult.of({**FOUND, "savings": savings}).saved([3, 2, 1, 0]) == (

@@ -116,6 +116,7 @@ def test_the_cheapest_with_a_saving() -> None:
     strategy = ThompsonSampling(SMALL, goal=Goal("saving", 4.0, (1.0, 1.0, 4.0, 4.0, 1.0, 1.0)))
     search(strategy, lambda names: math.exp(sum(costs[name] for name in names)), 30)
     assert strategy.best() == [SMALL[2]]
+    assert strategy.curve()["increase"][1] == pytest.approx(strategy.costs()[0][2])  # of the choice, not the cheapest
 
 
 def test_losses_below_zero_are_taken_as_they_are() -> None:

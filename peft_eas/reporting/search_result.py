@@ -63,7 +63,8 @@ class SearchResult:
     Attributes:
         strategy: name of its class.
         curve: `{"num_skip", "increase", "deviation"}`, lists: by how much the log loss is expected to grow against
-            nothing skipped when so many candidates are skipped, the cheapest first, and the standard deviation.
+            nothing skipped when so many candidates are skipped, the chosen or else the cheapest, and the standard
+            deviation.
         measured: `{"num_skip", "increase", "deviation"}` of a few numbers skipped: the same, measured on held-out
             batches when the search ended; the deviation is the standard error.
         savings: `{"unit", "total", "per_candidate"}`: of what the whole base needs, "seconds", "bytes" of KV cache or
@@ -121,29 +122,23 @@ class SearchResult:
         """The scores in `unit`: as they are, or the costs that they stand for, against the mean of the chosen."""
         return scores if self.unit == "score" else against_chosen({name: -x for name, x in scores.items()}, chosen)
 
-    def expected_of(self, scores: dict[str, float], chosen: Sequence[str]) -> tuple[float, float] | None:
-        """As `expected`, of the chosen set; None if it is not the cheapest of its size, as where savings differ.
+    def sentence(self, scores: dict[str, float], chosen: Sequence[str]) -> str:
+        """The strategy and the chosen point.
 
         Args:
             scores: of all candidates, in the model's order.
             chosen: names, of which those without a score do not count: an earlier merge may have deleted them.
         """
-        names, own = list(scores), {name for name in chosen if name in scores}
-        cheapest = ranking_of(list(scores.values()))[: len(own)]
-        return self.expected(len(own)) if {names[i] for i in cheapest} == own else None
-
-    def sentence(self, scores: dict[str, float], chosen: Sequence[str]) -> str:
-        """The strategy and the chosen point, with arguments as of `expected_of`."""
         num_skip = sum(name in scores for name in chosen)
         text = f"The search ({self.strategy}) chose {num_skip} of {len(scores)} candidates to skip."
-        points = {"expected": self.expected_of(scores, chosen), "measured": self.measurement(num_skip)}
+        points = {"expected": self.expected(num_skip), "measured": self.measurement(num_skip)}
         parts = [f"{what} {increase_text(at[0], self.unit, at[1])}" for what, at in points.items() if at is not None]
         change = f" When it ended, that changed the held-out loss against nothing skipped by: {', '.join(parts)}."
         return text + change if parts else text
 
     def table(self, scores: dict[str, float], chosen: Sequence[str]) -> list[tuple[str, ...]]:
         """Head and rows of the curve around the choice: number skipped, expected, measured, and what it saves; with
-        arguments as of `expected_of`."""
+        arguments as of `sentence`."""
         if self.curve is None:
             return []
         own = [i for i, name in enumerate(scores) if name in chosen]
@@ -154,8 +149,7 @@ class SearchResult:
         rows = []
         for number in numbers:
             is_choice = number == at
-            expected = self.expected_of(scores, chosen) if is_choice else self.expected(number)
-            points = (expected, self.measurement(number))
+            points = (self.expected(number), self.measurement(number))
             cells = ("" if point is None else increase_text(point[0], self.unit, point[1]) for point in points)
             saving = (saved_by_choice if is_choice else saved)[1][number] if saved else None
             label = f"{number}, the choice" if is_choice else str(number)

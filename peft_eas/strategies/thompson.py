@@ -92,8 +92,8 @@ class ThompsonSampling(Strategy):
         return (features @ self._posterior.mean).tolist(), _norms(features @ self._posterior.root)
 
     def curve(self, measured: Sequence[Mapping[str, float]] = ()) -> dict[str, list[float]]:
-        """By number of candidates skipped, the cheapest first: the expected increase of the log loss against nothing
-        skipped, and its standard deviation.
+        """By number of candidates skipped: the expected increase of the log loss against nothing skipped, and its
+        standard deviation. Of sets of one size, it stands for the chosen or else the cheapest.
 
         Args:
             measured: `{"num_skip", "increase", "deviation"}` of sets that were measured. The curve goes through the
@@ -102,6 +102,7 @@ class ThompsonSampling(Strategy):
         numbers = np.arange(len(self.candidates) + 1)
         sets = np.array([self._features(self._cheapest(self._posterior.mean, int(k))) for k in numbers])
         chosen = len(self._chosen)
+        sets[chosen] = self._features(self._chosen)
         point = min(measured, key=lambda point: abs(point["num_skip"] - chosen), default=None)
         if point is None:
             share, deviation = numbers / max(1, chosen), 0.0

@@ -50,7 +50,7 @@ def draw_loss_curve(
         )
     figure = new_figure(6.4, 3.9)
     axes = figure.subplots()
-    expected = result.expected_of(scores, skipped)
+    expected = result.expected(sum(name in scores for name in skipped))
     choice = "" if expected is None else f": {increase_text(expected[0], result.unit, expected[1])}"
     _draw_curve(axes, result, len(skipped), f"{len(skipped)} skipped{choice}")
     numbers = result.curve["num_skip"]
