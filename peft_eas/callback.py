@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ class EASCallback(TrainerCallback, ExportableState):
     def __init__(
         self,
         reward: Reward = "relative",
-        search_steps: int | float = 0.3,
+        search_steps: int | float | Literal["auto"] = 0.3,
         warmup_steps: int | float = 0.1,
         interval: int | None = None,
         num_candidates: int = 3,

@@ -19,15 +19,17 @@ from peft_eas.strategies import restored
 # --- the course of a run -------------------------------------------------------------------------------------------
 
 
-def test_a_run_samples_then_fixes_then_freezes(tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "sizes"), [("thompson", [0, 0, 1, 1, 1, 2, 2, 2] + 12 * [2]), ("bandit", 20 * [2])]
+)
+def test_a_run_samples_then_fixes_then_freezes(tmp_path, strategy, sizes):
     watcher = Watcher()
-    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), watcher=watcher)
+    trainer = make_trainer(tmp_path, EASCallback(strategy=strategy, **SCHEDULE), watcher=watcher)
     trainer.train()
     eas = trainer.model.base_model
     config = trainer.model.peft_config["default"]
-    assert len(watcher.in_steps) == 20
-    assert all(len(names) == 2 for names in watcher.in_steps)
-    assert len(set(watcher.in_steps[:4])) > 1  # before any reward, the best set is always the same
+    assert [len(names) for names in watcher.in_steps] == sizes
+    assert len(set(watcher.in_steps[2:5])) > 1  # before any reward, the best set is always the same
     assert set(watcher.in_steps[12:]) == {tuple(eas.skipped_modules)}
     assert config.skipped_modules == eas.skipped_modules
     assert config.context == "running"

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +19,16 @@ from .choice import goal_of, new_strategy, resumed_strategy, savings_of
 from .evaluation import evaluation_mode, from_all_ranks, mean_over_ranks, preserved_random_state
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
 from .savings import Savings
-from .schedule import SETTINGS, FreezeAt, Schedule, StrategyName, check_settings, default_interval
+from .schedule import (
+    AUTO_END,
+    SETTINGS,
+    SETTLED_ROUNDS,
+    FreezeAt,
+    Schedule,
+    StrategyName,
+    check_settings,
+    default_interval,
+)
 from .skippable import eas_of, needs_search
 
 logger = logging.getLogger(__name__)
@@ -31,8 +40,10 @@ class EASSearch:
     Source: arXiv 2403.15226, section 3. Its bandit is one strategy, `AttentionBandit`; the default is another,
     `ThompsonSampling`. A run goes through the phases:
 
-    - "warm-up": each optimizer step trains with `num_skip` MHAs drawn by the strategy skipped, at first at random.
-    - "search": the same; every `interval` steps, `num_candidates` sets are compared on a held-out batch.
+    - "warm-up": each optimizer step trains with MHAs skipped that the strategy draws, at first at random. Their
+      number grows from none to `num_skip`, which is reached after two thirds of the search, so that the adapters learn
+      the task before much is taken away. (With strategy="bandit" it is `num_skip` from the start.)
+    - "search": the same; every `interval` steps, `num_candidates` sets of `num_skip` are compared on a held-out batch.
     - "tune": the best set is skipped for good, and the context is not frozen yet. By default there is no such phase.
     - "frozen": the best set is skipped for good, with context="running": what is trained is exactly what a merge
       folds. With context="none" there is nothing to freeze, and the run ends in "tune".
@@ -84,7 +95,8 @@ class EASSearch:
         strategy: how sets are proposed and judged. "thompson" (the default) learns from training losses as well, and
             finds better sets from fewer rounds; "bandit" is the paper's; or your own subclass of `peft_eas.Strategy`.
         reward: of the bandit: "relative" compares losses within a round; "exp" is the paper's exp(−loss).
-        search_steps: the step at which the search ends.
+        search_steps: the step at which the search ends. "auto": at 0.3 of the run, or as soon as the choice has been
+            settled for some rounds, which leaves more steps to train with it.
         warmup_steps: the step at which rewards, and the annealing of the context, begin; before `search_steps`.
         interval: optimizer steps from one round of rewards to the next. A run has (search_steps − warmup_steps) /
             interval rounds. Default: 32, or as many as make four sets for each candidate, and in long searches one
@@ -120,7 +132,7 @@ class EASSearch:
         optimizer: torch.optim.Optimizer | None = None,
         strategy: StrategyName | type[Strategy] = "thompson",
         reward: Reward = "relative",
-        search_steps: int | float = 0.3,
+        search_steps: int | float | Literal["auto"] = 0.3,
         warmup_steps: int | float = 0.1,
         interval: int | None = None,
         num_candidates: int = 3,
@@ -134,6 +146,10 @@ class EASSearch:
         given = locals()
         settings = {name: python_number(given[name]) for name in SETTINGS}
         check_settings(type(self).__name__, **settings)
+        self._ends_when_settled = settings["search_steps"] == "auto"
+        self._num_settled = 0  # rounds on end
+        if self._ends_when_settled:
+            settings["search_steps"] = AUTO_END
         self.model = model
         self.eas = eas_of(model, type(self).__name__, type(self).__name__)
         self.num_steps = num_steps
@@ -166,7 +182,7 @@ class EASSearch:
         goes_on = self.is_searching and (state is None or state["skipped_modules"] is None)
         rounds = wanted_rounds(self.strategy, self.num_candidates) if goes_on else None
         self.interval = settings["interval"] or default_interval(self._schedule, rounds or 1)
-        self._schedule.check(settings, num_steps, rounds)
+        self._schedule.check(settings, num_steps, self.interval, rounds)
         if isinstance(self.eas, EASModel):
             self.eas.awaits_freeze = self._schedule.freeze_step is not None
         if self.is_searching:
@@ -177,7 +193,7 @@ class EASSearch:
         if state is not None:
             self.load_state_dict(state)
         elif self.is_searching:
-            tell_of_search(self.strategy, self._schedule, settings, num_steps)
+            tell_of_search(self.strategy, self._schedule, settings, num_steps, self.interval)
         elif config.skipped_modules is None and config.num_skip is None:
             tell_of_no_search(len(self.eas.candidates))
 
@@ -208,7 +224,7 @@ class EASSearch:
         self._has_begun = True
         share = self._schedule.running_share(self.step)
         is_prompt = self.eas.active_config.context == "prompt"
-        names = self.strategy.sample() if self.is_searching else self.eas.skipped_modules
+        names = self._drawn() if self.is_searching else self.eas.skipped_modules
         self._step_set = names
         if isinstance(self.eas, EASModel):
             if self.is_searching or is_prompt:
@@ -235,7 +251,7 @@ class EASSearch:
             rewarded_steps = self.step - self._schedule.warmup_end
             if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
                 self._compare()
-            if self.step >= self._schedule.search_end:
+            if self.step >= self._schedule.search_end or self._num_settled >= SETTLED_ROUNDS:
                 self._end_search()
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
         if self._is_freeze_due:
@@ -286,6 +302,7 @@ class EASSearch:
             "measured": self._measured_points,
             "savings": self._savings,
             "pending": [[names, step, losses.tolist()] for names, step, losses in self._pending],
+            "num_settled": self._num_settled,
             "schedule": self._schedule._asdict(),
             "is_frozen": config.context == "running",
             "context_recorded": getattr(config, "context_recorded", False),
@@ -321,7 +338,7 @@ class EASSearch:
             else:
                 self._fix(state["skipped_modules"])
         self._schedule = self._resumed_schedule(self._schedule, state)
-        self.step = state["step"]
+        self.step, self._num_settled = state["step"], state.get("num_settled", 0)
         self._measured_points, self._savings = state.get("measured", []), state.get("savings")
         self._pending = [(names, step, torch.tensor(losses)) for names, step, losses in state.get("pending", [])]
         self._end_step()
@@ -355,6 +372,16 @@ class EASSearch:
 
     # --- the search ------------------------------------------------------------------------------------------------
 
+    def _drawn(self) -> list[str]:
+        """The set to train a step with."""
+        growth = self._growth()
+        if growth == 1.0:
+            return self.strategy.sample()
+        return self.strategy.sample(round(growth * max(1, len(self.strategy.best()))))
+
+    def _growth(self) -> float:
+        return self._schedule.growth(self.step) if self.strategy.grows else 1.0
+
     @property
     def _scores(self) -> dict[str, float]:
         return dict(zip(self.strategy.candidates, self.strategy.scores))
@@ -365,6 +392,8 @@ class EASSearch:
         sets = self.strategy.sample_sets(self.num_candidates)
         losses = self._losses(sets, len(self.strategy.rounds))
         self.strategy.update(sets, losses, step=self.step)
+        if self._ends_when_settled and self._growth() == 1.0:
+            self._num_settled = 0 if self.strategy.doubt() else self._num_settled + 1
         self.eas.set_skipped_modules(self.strategy.best())
         self.eas.active_config.note_scores(self._scores)
 

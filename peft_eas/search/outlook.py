@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from ..strategies import Strategy
-from .schedule import Schedule, default_interval, what_fits
+from .schedule import Schedule, what_fits
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,12 @@ def wanted_rounds(strategy: Strategy, num_candidates: int) -> int:
     return math.ceil(len(strategy.candidates) / sets_per_round(strategy, num_candidates))
 
 
-def tell_of_search(strategy: Strategy, schedule: Schedule, settings: dict[str, Any], num_steps: int) -> None:
+def tell_of_search(
+    strategy: Strategy, schedule: Schedule, settings: dict[str, Any], num_steps: int, interval: int
+) -> None:
     """Says how many rounds there will be; warns where they are few, or no step is left to train what they find."""
     wanted = wanted_rounds(strategy, settings["num_candidates"])
-    rounds = schedule.num_rounds(settings["interval"] or default_interval(schedule, wanted))
+    rounds = schedule.num_rounds(interval)
     text = (
         f"EAS: the search for {'' if strategy.num_skip is None else f'{strategy.num_skip} of '}"
         f"{len(strategy.candidates)} candidates to skip has {rounds} "

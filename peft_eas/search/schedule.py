@@ -15,6 +15,14 @@ LONGEST_INTERVAL = 32
 # steps: on METER's tasks, 33 rounds in 200 steps found far better sets than 8 (examples/compare).
 LEAST_ROUNDS, SETS_PER_CANDIDATE = 32, 4
 
+# Training begins with nothing skipped; the sets grow, and are of full size after this share of the search.
+GROWN_AT = 2 / 3
+
+# search_steps="auto": the search ends by this share of the run, and earlier if the choice has been settled, with sets
+# of full size in training, for so many rounds on end.
+AUTO_END = 0.3
+SETTLED_ROUNDS = 5
+
 # What decides the course of a search, in `EASSearch` and in `EASCallback` alike.
 SETTINGS = (
     "strategy",
@@ -89,6 +97,10 @@ class Schedule(NamedTuple):
         done = min(1.0, max(0, step - self.anneal_from) / max(1, self.freeze_step - self.anneal_from))
         return self.first_share + (1.0 - self.first_share) * done
 
+    def growth(self, step: int) -> float:
+        """Size of the sets to train with when `step` steps are done, as a share of the full size."""
+        return min(1.0, (step + 1) / max(1.0, GROWN_AT * self.search_end))
+
     def num_rounds(self, interval: int) -> int:
         """Number of rounds of rewards, of which there is one every `interval` steps."""
         return max(0, self.search_end - self.warmup_end) // interval
@@ -99,11 +111,10 @@ class Schedule(NamedTuple):
         is_in_order = self.search_end < num_steps and self.search_end <= freeze_step <= num_steps
         return is_in_order and self.num_rounds(interval) >= rounds
 
-    def check(self, settings: dict[str, Any], num_steps: int, rounds: int | None) -> None:
+    def check(self, settings: dict[str, Any], num_steps: int, interval: int, rounds: int | None) -> None:
         """Raises a ValueError where the freeze is beyond the run, or a search has no room for rewards or goes on
         beyond the freeze. `rounds` are what the search should have, None where there is none."""
         has_search = rounds is not None
-        interval = settings["interval"] or default_interval(self, rounds or 1)
         search_steps = settings["search_steps"]
         if has_search and not self.warmup_end + interval <= self.search_end <= num_steps:
             raise ValueError(
@@ -205,7 +216,8 @@ def check_settings(
             "of peft_eas.Strategy."
         )
     check_search_values(score_temperature, score_lr, reward)
-    _check_steps(caller, "search_steps", search_steps)
+    if search_steps != "auto":
+        _check_steps(caller, "search_steps", search_steps, others=', or "auto"')
     _check_steps(caller, "warmup_steps", warmup_steps)
     if freeze_context_at not in (None, "search_end"):
         _check_steps(caller, "freeze_context_at", freeze_context_at, others=', or "search_end", or None')

@@ -56,6 +56,8 @@ class AttentionBandit(Strategy):
         ValueError: for a value out of range.
     """
 
+    grows = False  # as in the paper
+
     def __init__(
         self,
         candidates: Sequence[str],

@@ -6,7 +6,7 @@ import statistics
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .goal import cheapest_first
 
@@ -29,6 +29,8 @@ class Strategy(ABC):
         seed: of all draws.
 
     Attributes:
+        grows: of the class: whether training begins with nothing skipped, and the sets to train with grow to their
+            full size during the search.
         scores: a number for each candidate, in their order; the highest are skipped in the end.
         rounds: what was seen, per round `{"step", "sets", "losses"}`, with sets as lists of indices and None for a
             loss that was not finite.
@@ -37,6 +39,8 @@ class Strategy(ABC):
     Raises:
         ValueError: for a value out of range.
     """
+
+    grows: ClassVar[bool] = True
 
     def __init__(self, candidates: Sequence[str], num_skip: int | None, seed: int = 0) -> None:
         candidates = list(candidates)
