@@ -16,7 +16,7 @@ from skippable import Blocks
 from training import NAMES, SCHEDULE, make_model, make_trainer, refuse
 
 from peft_eas import EASCallback, EASConfig, EASSearch
-from peft_eas.search.schedule import Schedule, what_fits
+from peft_eas.search.schedule import Schedule, default_interval, what_fits
 
 DEFAULTS = {"search_steps": 0.3, "warmup_steps": 0.1, "interval": None, "freeze_context_at": "search_end"}
 WAYS = re.compile(
@@ -80,12 +80,12 @@ def test_they_fit_whatever_did_not() -> None:
         if ways["change"]:
             changed = settings | arguments(ways["change"])
             schedule = Schedule.of(changed, steps)
-            schedule.check(changed, steps, 1)
+            schedule.check(changed, steps, changed["interval"] or default_interval(schedule, 1), 1)
             assert schedule.has_room(changed["interval"] or 1, steps, 1)
         if ways["steps"]:
             changed, longer = settings | arguments(ways["also"]), int(ways["steps"])
             schedule = Schedule.of(changed, longer)
-            schedule.check(changed, longer, rounds)
+            schedule.check(changed, longer, interval or default_interval(schedule, rounds), rounds)
             assert schedule.has_room(interval or 1, longer, rounds)
         tried += 1
     assert tried > 1000

@@ -382,6 +382,7 @@ def test_its_settings_are_the_callbacks() -> None:
     ("options", "message"),
     [
         ({"reward": "loss"}, "reward='loss' is unknown"),
+        ({"search_steps": "soon"}, r"EASSearch\(search_steps='soon'\): .*, or \"auto\""),
         ({"search_steps": 0}, r"EASSearch\(search_steps=0\): .*integer of at least 1"),
         ({"interval": 0}, r"EASSearch\(interval=0\)"),
         ({"search_steps": 30}, "ends at step 30 .*does not fit into a run of 20 steps"),
@@ -532,3 +533,52 @@ def test_a_model_that_lacks_a_part_of_what_is_asked_is_refused() -> None:
     del blocks.candidates
     with pytest.raises(TypeError, match=r"a Blocks without EAS adapters.*all that peft_eas\.Skippable names"):
         search_blocks(blocks)
+
+
+# --- search_steps="auto" ---------------------------------------------------------------------------------------------
+
+
+def start_auto(spread: float, context: str = "none") -> EASSearch:
+    """A search over 1,000 steps that may end early; `spread` is noise."""
+    blocks = Blocks(context=context)
+    random = torch.Generator().manual_seed(0)
+
+    def loss(batch: int) -> float:
+        costly = len(set(blocks.skipped_modules) - set(USELESS))
+        return float(torch.exp(0.5 * costly + spread * torch.randn((), generator=random)))
+
+    return EASSearch(blocks, 1000, loss, search_steps="auto", warmup_steps=0.1, interval=5)
+
+
+def run_until(search: EASSearch, end: int) -> EASSearch:
+    while search.step < end and search.is_searching:
+        search.before_step()
+        search.after_step()
+    return search
+
+
+def test_a_search_that_has_settled_ends_early() -> None:
+    search = run_until(start_auto(spread=0.001), 1000)
+    assert search.eas.skipped_modules == USELESS
+    assert search.step == 220  # sets are of full size from step 200 on, and five rounds have been since
+    assert search.phase == "tune"
+
+
+def test_a_search_that_does_not_settle_goes_on_to_its_end() -> None:
+    assert run_until(start_auto(spread=3.0), 1000).step == 300
+
+
+def test_a_context_is_frozen_when_it_would_have_been() -> None:
+    search = run_until(start_auto(spread=0.001, context="prompt"), 1000)
+    while search.phase != "frozen":
+        search.before_step()
+        search.after_step()
+    assert search.step == 300
+    assert search.eas.shares[-2] == pytest.approx(0.995)  # annealed to the end
+
+
+def test_rounds_that_were_settled_count_after_a_resume() -> None:
+    before = run_until(start_auto(spread=0.001), 212)
+    resumed = start_auto(spread=0.001)
+    resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert run_until(resumed, 1000).step == run_until(before, 1000).step
