@@ -2,10 +2,10 @@
 
     python -m examples.benchmark.search_cost
 
-A Llama of random weights trains under Trainer with `EASCallback` at its default settings. Blocks of search and blocks
-of plain steps, in which the skip set stays the same, take turns in one run, so that whatever else the machine does
-meets both alike. A block is as long as the interval between two rounds of rewards and holds one round, if it is of the
-search.
+A Llama of random weights trains under Trainer with `EASCallback`. Blocks of search and blocks of plain steps, in which
+the skip set stays the same, take turns in one run, so that whatever else the machine does meets both alike. A block is
+as long as the interval between two rounds of rewards and holds one round, if it is of the search; by default, the
+interval is that of a long run. Sets are of full size from the start, as the plain steps' are.
 """
 
 import argparse
@@ -19,7 +19,16 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from examples.shared.measure import quartiles
-from peft_eas import EASCallback, EASConfig
+from peft_eas import EASCallback, EASConfig, ThompsonSampling
+from peft_eas.search.schedule import LONGEST_INTERVAL
+
+NUM_SETS = 3  # EASCallback's default
+
+
+class FullSize(ThompsonSampling):
+    """The default strategy, but for training that begins with nothing skipped."""
+
+    grows = False
 
 
 class TakingTurns(EASCallback):
@@ -72,8 +81,7 @@ def measure(options: argparse.Namespace) -> tuple[list[float], list[float]]:
     tokens = torch.randint(0, options.vocabulary, (256, options.tokens))
     labels = tokens.masked_fill(torch.arange(options.tokens) < options.tokens // 2, -100)
     data = [{"input_ids": ids, "labels": targets} for ids, targets in zip(tokens, labels)]
-    defaults = EASCallback()
-    steps = 2 * (options.pairs + 2) * defaults.interval
+    steps = 2 * (options.pairs + 2) * options.interval
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -87,16 +95,19 @@ def measure(options: argparse.Namespace) -> tuple[list[float], list[float]]:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        callback = TakingTurns(search_steps=steps, warmup_steps=0)
+        callback = TakingTurns(
+            search_steps=steps, warmup_steps=0, interval=options.interval, strategy=FullSize, num_candidates=NUM_SETS
+        )
         Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]).train()
     plain, search = callback.seconds[4::2], callback.seconds[5::2]
-    return [time / defaults.interval for time in plain], [time / defaults.interval for time in search]
+    return [time / options.interval for time in plain], [time / options.interval for time in search]
 
 
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="pairs of a plain and a search block that are timed")
+    parser.add_argument("--interval", type=int, default=LONGEST_INTERVAL, help="steps between rounds of rewards")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64, help="length of a sequence")
@@ -111,10 +122,9 @@ def main() -> None:
     plain, search = measure(options)
     ratios = [b / a for a, b in zip(plain, search)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    defaults = EASCallback()
     print(
         f"{options.layers} layers, width {options.width}, {options.skip} MHAs skipped, {options.batch} × "
-        f"{options.tokens} tokens, rewards for {defaults.num_candidates} sets every {defaults.interval} steps; "
+        f"{options.tokens} tokens, rewards for {NUM_SETS} sets every {options.interval} steps; "
         f"{device}"
     )
     print(f"{'step':<24}{'median ms':>12}{'lowest ms':>12}")

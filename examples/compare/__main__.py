@@ -100,7 +100,7 @@ def grid(arguments: argparse.Namespace, tasks: dict[str, Task]) -> list[Key]:
 def check_settings(records: list[dict[str, Any]], tasks: dict[str, Task], path: Path) -> None:
     """Raises a SystemExit where a finished run was made with other settings than its task has now."""
     for record in records:
-        settings = json.loads(json.dumps(settings_of(tasks[record["task"]])))
+        settings = json.loads(json.dumps(settings_of(tasks[record["task"]], record["method"])))
         if record["settings"] != settings:
             raise SystemExit(
                 f"{path} holds runs of {record['task']} with the settings {record['settings']}; now they are "

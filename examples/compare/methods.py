@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainerCallback
 
 from examples.compare.das import LayerSkipping
-from examples.shared.task import Task, reward_interval
+from examples.shared.task import Task
 from peft_eas import EASCallback, EASConfig, attention_similarities
 
 CALIBRATION_BATCHES = 8
@@ -58,24 +58,29 @@ def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepare
 
 def das(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """Whole layers are skipped: as many as hold `num_skip` MHAs."""
-    return Prepared(LayerSkipping(base, task.collate([task.train[0]]), num_skip, **task.eas), [search_of(task)])
+    return Prepared(LayerSkipping(base, task.collate([task.train[0]]), num_skip, **task.eas), [bandit_search(task)])
 
 
 def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
-    """EAS: the search chooses, and PIAs stand for what is skipped."""
-    return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [search_of(task)])
+    """EAS with the defaults: the search chooses, and PIAs stand for what is skipped."""
+    return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [default_search(task)])
+
+
+def eas_bandit(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """EAS with the paper's search."""
+    return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [bandit_search(task)])
 
 
 def eas_prompt(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """EAS whose context is each prompt's own to the end, also in the merged model, which keeps its adapters."""
     model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
-    return Prepared(model, [search_of(task, freeze_context_at=None)], merge_options={"context": "prompt"})
+    return Prepared(model, [bandit_search(task, freeze_context_at=None)], merge_options={"context": "prompt"})
 
 
 def no_context(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """EAS with adapters that are told nothing of the prompt."""
     config = EASConfig(num_skip=num_skip, context="none", **task.eas)
-    return Prepared(get_peft_model(base, config), [search_of(task)])
+    return Prepared(get_peft_model(base, config), [bandit_search(task)])
 
 
 def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -99,14 +104,21 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
     return Prepared(model, [EASCallback()], time.perf_counter() - start)
 
 
-def search_of(task: Task, **settings: Any) -> EASCallback:
-    """The search that all methods which search have, but for `settings`."""
-    return EASCallback(reward_dataset=task.reward, interval=reward_interval(task.steps), **settings)
+def default_search(task: Task) -> EASCallback:
+    """The library's search as it comes."""
+    return EASCallback(reward_dataset=task.reward)
+
+
+def bandit_search(task: Task, **settings: Any) -> EASCallback:
+    """The paper's search, which all other methods that search have, but for `settings`."""
+    return EASCallback(
+        reward_dataset=task.reward, strategy="bandit", interval=max(1, min(10, task.steps // 150)), **settings
+    )
 
 
 METHODS: dict[str, Method] = {
     function.__name__: function
-    for function in (nothing_skipped, lora, das, cosine, random_choice, no_context, eas_prompt, eas)
+    for function in (nothing_skipped, lora, das, cosine, random_choice, no_context, eas_prompt, eas_bandit, eas)
 }
 LABELS = {  # what tables call them
     "nothing_skipped": "adapters, nothing skipped",
@@ -116,6 +128,7 @@ LABELS = {  # what tables call them
     "random_choice": "random + PIA",
     "no_context": "EAS, PIA without context",
     "eas_prompt": "EAS, each prompt's own context",
+    "eas_bandit": "EAS, the paper's bandit",
     "eas": "EAS",
 }
 SKIPS_NOTHING = ("nothing_skipped", "lora")

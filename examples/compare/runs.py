@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 import peft_eas
-from examples.compare.methods import METHODS, search_of
+from examples.compare.methods import METHODS, bandit_search, default_search
 from examples.shared.measure import cache_bytes_per_token, generates, num_parameters, on_device, speed_up, time_models
 from examples.shared.task import Task, tune
 from peft_eas import EASConfig
@@ -42,9 +42,9 @@ def count_mhas(task: Task) -> int:
     return len(get_peft_model(task.load_base(), EASConfig(num_skip=0, **task.eas)).base_model.candidates)
 
 
-def settings_of(task: Task) -> dict[str, Any]:
+def settings_of(task: Task, method: str) -> dict[str, Any]:
     """What else a run depends on, as values for JSON."""
-    search = search_of(task).state()["args"]
+    search = (default_search if method == "eas" else bandit_search)(task).state()["args"]
     return {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "eas": task.eas, "search": search}
 
 
@@ -74,7 +74,7 @@ def run(task: Task, num_mhas: int, method: str, share: float, seed: int, rounds:
         "share": share,
         "seed": seed,
         "steps": task.steps,
-        "settings": settings_of(task),
+        "settings": settings_of(task, method),
         "scores": scores,
         "num_mhas": num_mhas,
         "skipped_modules": skipped,

@@ -52,7 +52,7 @@ from examples.shared.measure import (
     time_models,
 )
 from examples.shared.smollm2 import load_smollm2
-from examples.shared.task import plot_search, reward_interval, search_share
+from examples.shared.task import plot_search, search_share
 from peft_eas import EASCallback, EASConfig
 from peft_eas.card import record_speed
 
@@ -182,7 +182,6 @@ def tune(
             EASCallback(
                 reward_dataset=data["reward"],
                 search_steps=arguments.search_steps,
-                interval=reward_interval(arguments.steps),
                 seed=arguments.seed,
             )
         ],

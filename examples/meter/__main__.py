@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 
 from examples.meter.tasks import AUTO_CLASSES, TASKS, blind_score
 from examples.shared.measure import markdown_table, num_parameters, on_device, size_on_disk, speed_up, time_models
-from examples.shared.task import Task, plot_search, reward_interval, search_share, tune
+from examples.shared.task import Task, plot_search, search_share, tune
 from peft_eas import EASCallback, EASConfig
 
 
@@ -50,7 +50,6 @@ def tune_with_eas(task: Task, num_skip: int, folder: Path, arguments: argparse.N
     callback = EASCallback(
         reward_dataset=task.reward,
         search_steps=arguments.search_steps,
-        interval=reward_interval(steps),
         seed=arguments.seed,
     )
     start = time.perf_counter()

@@ -33,7 +33,7 @@ from examples.scienceqa.scores import parse_letter
 from examples.scienceqa.task import load_lavin, make_task, new_tokens, split_problems
 from examples.shared.measure import cache_bytes_per_token, num_parameters, on_device, speed_up, time_models
 from examples.shared.stages import Stages
-from examples.shared.task import Task, plot_search, reward_interval, search_share, tune
+from examples.shared.task import Task, plot_search, search_share, tune
 from peft_eas import EASCallback, EASConfig
 
 # By how much a step takes longer than its passes, for the search's rewards and for saving.
@@ -172,7 +172,6 @@ class Run:
             callback = EASCallback(
                 reward_dataset=self.task.reward,
                 search_steps=self.arguments.search_steps,
-                interval=reward_interval(steps),
                 seed=self.arguments.seed,
             )
             trainer = tune(

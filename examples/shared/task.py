@@ -46,11 +46,6 @@ class Task:
     deployed_batch: Callable[[], dict[str, Tensor]] = field(repr=False)
 
 
-def reward_interval(steps: int) -> int:
-    """Steps from one round of the search's rewards to the next: the library's 10, fewer in a short run."""
-    return max(1, min(10, steps // 150))
-
-
 def search_share(text: str) -> float:
     """The share of a run after which its search ends, from a command line."""
     share = float(text)
