@@ -1,5 +1,6 @@
 """The default search: on losses that are made up, it finds what is harmless, how many can go, and resumes exactly."""
 
+import itertools
 import json
 import math
 import random
@@ -91,6 +92,19 @@ def test_it_goes_on_from_its_state_to_the_bit() -> None:
     resumed = restored(json.loads(json.dumps(whole.state_dict())))
     assert resumed.state_dict() == whole.state_dict()
     assert [resumed.sample() for _ in range(5)] == [whole.sample() for _ in range(5)]
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_what_training_has_changed_counts_less(is_trained) -> None:
+    """The first candidate is dear until step 20, and from there on free, when another one's cost stays."""
+    strategy = ThompsonSampling(SMALL, 3)
+    for step in range(40):
+        costs = {SMALL[0]: 0.2 if step < 20 else 0.0, SMALL[1]: 0.07}
+        sets = random.Random(step).sample(list(itertools.combinations(SMALL, 3)), 3)
+        losses = [math.exp(sum(costs.get(name, 0.0) for name in names)) for names in sets]
+        strategy.update(sets, losses, step if is_trained else None)
+    expected = dict(zip(SMALL, strategy.costs()[0]))
+    assert (expected[SMALL[0]] < expected[SMALL[1]]) == is_trained
 
 
 def test_as_many_as_a_cost_allows() -> None:

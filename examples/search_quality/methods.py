@@ -25,13 +25,16 @@ Method = Callable[[Problem, int, int], Choices]
 
 
 def with_strategy(make: Callable[[Problem, int, int], Strategy], problem: Problem, k: int, seed: int) -> Choices:
-    """Rounds of a strategy of peft_eas: `SETS_PER_ROUND` sets of its own choice are compared on one batch."""
+    """Rounds of a strategy of peft_eas: `SETS_PER_ROUND` sets of its own choice are compared on one batch.
+
+    It is told of no steps, as nothing is trained meanwhile, so that all losses count alike.
+    """
     strategy = make(problem, k, seed)
     index = {name: number for number, name in enumerate(problem.candidates)}
     spent = 0
-    for step, batch in enumerate(_endless_batches(problem, seed)):
+    for batch in _endless_batches(problem, seed):
         sets = strategy.sample_sets(SETS_PER_ROUND)
-        strategy.update(sets, [problem.loss(_set(map(index.get, names)), batch) for names in sets], step=step)
+        strategy.update(sets, [problem.loss(_set(map(index.get, names)), batch) for names in sets])
         spent += len(sets)
         yield spent, _set(map(index.get, strategy.best()))
 

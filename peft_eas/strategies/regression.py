@@ -24,7 +24,7 @@ class Observations(NamedTuple):
 
     `skipped` is (N, n), 1.0 where a candidate was skipped; `features` (N, p) are what costs are of, see `sets`;
     `values` (N,) are log losses; `group` (N,) counts from 0 without gaps; `kind` (N,) is below `NUM_KINDS`, the same
-    for a whole group.
+    for a whole group; `trust` (N,) is how much a loss counts, 1.0 in full.
     """
 
     skipped: np.ndarray
@@ -32,6 +32,7 @@ class Observations(NamedTuple):
     values: np.ndarray
     group: np.ndarray
     kind: np.ndarray
+    trust: np.ndarray
 
 
 class Posterior(NamedTuple):
@@ -81,7 +82,7 @@ def fit(
     start = typical**2 * candidates / max(1.0, size * (candidates - size))
     cost_scale, cost_variance = start, np.full(num, start)
     noise, between = np.full(kinds, (0.3 * typical) ** 2), np.full(kinds, typical**2)
-    weight, nearness = np.ones(len(values)), np.ones(len(values))
+    weight, trust = np.ones(len(values)), data.trust
     of_kind = np.bincount(data.kind, minlength=kinds), np.bincount(kind_of_group, minlength=kinds)
     fixed_precision = np.concatenate([np.full(kinds, 1e-4 / start), *([[1.0 / start]] if hint is not None else [])])
     to_costs = np.zeros((num, design.shape[1]))
@@ -90,7 +91,7 @@ def fit(
         to_costs[:candidates, -1] = hint
 
     for iteration in range(ITERATIONS):
-        precision = weight * nearness / noise[data.kind]
+        precision = weight * trust / noise[data.kind]
         weighted = design * precision[:, None]
         # Each group's effect is integrated out.
         total = np.bincount(data.group, precision, groups)
@@ -113,7 +114,7 @@ def fit(
         spent = (design.shape[1] - (known * np.diag(covariance)).sum()) / len(values)
         spent_on_groups = np.bincount(kind_of_group, total * effect_variance, kinds)
         free = np.maximum(1.0, of_kind[0] * (1.0 - spent) - spent_on_groups)
-        noise = 2 * (0.1 * typical) ** 2 + np.bincount(data.kind, weight * nearness * squares, kinds)
+        noise = 2 * (0.1 * typical) ** 2 + np.bincount(data.kind, weight * trust * squares, kinds)
         noise /= 2 + free
         between = 2 * (0.3 * typical) ** 2 + np.bincount(kind_of_group, effect**2 + effect_variance, kinds)
         between /= 2 + of_kind[1]
@@ -124,7 +125,7 @@ def fit(
         if iteration >= 2:
             best = np.zeros(candidates)
             best[choose(to_costs @ mean)] = 1.0
-            nearness = 1.0 / (1.0 + FADING * np.abs(data.skipped - best).sum(1))
+            trust = data.trust / (1.0 + FADING * np.abs(data.skipped - best).sum(1))
 
     variance = to_costs @ covariance @ to_costs.T
     root = np.linalg.cholesky(variance + 1e-9 * np.trace(variance) / num * np.eye(num))

@@ -1,7 +1,8 @@
 """What of a set of skipped candidates its cost is a sum of."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,11 +13,22 @@ MOST_FOR_PAIRS = 12
 PAIR_SCALE = 0.6
 
 
-class Sets(NamedTuple):
-    """The sets of few candidates: `skipped` (2^n, n), 1.0 where a candidate is skipped, and their features."""
+@dataclass(frozen=True)
+class Sets:
+    """Sets of few candidates: `skipped` (S, n), 1.0 where a candidate is skipped, and their features."""
 
     skipped: np.ndarray
     features: np.ndarray
+
+    @cached_property
+    def _by_size(self) -> list["Sets"]:
+        sizes = self.skipped.sum(1)
+        which = [np.flatnonzero(sizes == size) for size in range(self.skipped.shape[1] + 1)]
+        return [Sets(self.skipped[rows], self.features[rows]) for rows in which]
+
+    def of_size(self, size: int) -> "Sets":
+        """Those of so many candidates."""
+        return self._by_size[size]
 
 
 def all_sets(num: int) -> Sets | None:

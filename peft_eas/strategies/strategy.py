@@ -100,7 +100,10 @@ class Strategy(ABC):
         return [self._names(drawn) for drawn in sets]
 
     def update(self, sets: Sequence[Iterable[str]], losses: Sequence[float], step: int | None = None) -> None:
-        """Learns from the losses of a round: one loss per set, all on the same batch; `step` is kept in the record.
+        """Learns from the losses of a round: one loss per set, all on the same batch.
+
+        `step` is how far the model's training had got; it is kept in the record, and what a model has learned since
+        may make old losses count less. None: the model is not trained.
 
         A loss that is NaN or infinite is warned about, counted, and left out with its set.
 

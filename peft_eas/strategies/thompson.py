@@ -16,8 +16,10 @@ from .strategy import Strategy
 
 # A group of training losses: so many steps, over which the training's progress is small beside the batches' noise.
 WINDOW = 16
-# Of training steps, the last so many count: what skipping costs changes as the adapters learn.
+# Of training steps, the last so many count.
 MAX_STEPS = 2000
+# What skipping costs changes as the adapters learn: a loss counts by this power of its step's share of those so far.
+AGEING = 1
 # A choice is settled where a better one is expected to lower the log loss by no more than 1 %, or than this share of
 # how much sets differ.
 SETTLED_LOSS, SETTLED_SHARE = 0.01, 0.05
@@ -206,7 +208,8 @@ class ThompsonSampling(Strategy):
         goal = self.goal if k is None else Goal("number", k)
         if self._all_sets is None:
             return goal.choose(costs.tolist(), self.level)
-        return goal.choose_among(self._all_sets.skipped, self._all_sets.features @ costs, self.level)
+        sets = self._all_sets if goal.kind != "number" else self._all_sets.of_size(int(goal.amount))
+        return goal.choose_among(sets.skipped, sets.features @ costs, self.level)
 
     def _features(self, indices: Sequence[int]) -> np.ndarray:
         skipped = np.zeros((1, len(self.candidates)))
@@ -253,7 +256,7 @@ class ThompsonSampling(Strategy):
     def _observations(self) -> regression.Observations | None:
         losses = [loss for record in self.rounds for loss in record["losses"]] + [loss for *_, loss in self._steps]
         has_logs = all(loss > 0.0 for loss in losses if loss is not None)
-        rows = []
+        rows = []  # a set, its value, its group and kind, and its step
         for number, record in enumerate(self.rounds):
             pairs = [
                 (indices, math.log(loss) if has_logs else loss)
@@ -261,23 +264,29 @@ class ThompsonSampling(Strategy):
                 if loss is not None
             ]
             nothing = next((value for indices, value in pairs if not indices), None)
-            if nothing is None:
-                rows += [(indices, value, number, ROUND) for indices, value in pairs]
-            else:
-                rows += [(indices, value - nothing, number, REFERRED) for indices, value in pairs if indices]
+            kind = ROUND if nothing is None else REFERRED
+            for indices, value in pairs:
+                if nothing is None or indices:
+                    rows.append((indices, value - (nothing or 0.0), number, kind, record["step"]))
         first = len(self.rounds)
-        for i, (_, indices, loss) in enumerate(self._steps):
-            rows.append((indices, math.log(loss) if has_logs else loss, first + i // WINDOW, TRAINING))
+        for i, (step, indices, loss) in enumerate(self._steps):
+            rows.append((indices, math.log(loss) if has_logs else loss, first + i // WINDOW, TRAINING, step))
         if not rows:
             return None
+        sets, values, groups, kinds, steps = zip(*rows)
         skipped = np.zeros((len(rows), len(self.candidates)))
-        for row, (indices, *_) in enumerate(rows):
+        for row, indices in enumerate(sets):
             skipped[row, indices] = 1.0
-        _, group = np.unique([number for _, _, number, _ in rows], return_inverse=True)
-        kind = np.array([kind for *_, kind in rows])
+        _, group = np.unique(groups, return_inverse=True)
         return regression.Observations(
-            skipped, features(skipped), np.array([value for _, value, _, _ in rows]), group, kind
+            skipped, features(skipped), np.array(values), group, np.array(kinds), _trust_by_age(steps)
         )
+
+
+def _trust_by_age(steps: Sequence[int | None]) -> np.ndarray:
+    """How much losses of these steps count; those of no step, where nothing is trained, count in full."""
+    last = max([1, *(step for step in steps if step is not None)])
+    return np.array([1.0 if step is None else (max(step, 1) / last) ** AGEING for step in steps])
 
 
 def _norms(rows: np.ndarray) -> list[float]:
