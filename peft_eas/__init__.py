@@ -13,6 +13,7 @@ from .reporting.summary import eas_summary
 from .runtime.adapter import InputAdapter, PropagationAdapter
 from .runtime.checkpoint import AFTER_SAVE
 from .search.loop import EASSearch
+from .search.savings import count_kv_bytes, measure_time
 from .search.similarity import attention_similarities
 from .search.skippable import Skippable
 from .strategies import AttentionBandit, Strategy, ThompsonSampling
@@ -38,5 +39,7 @@ __all__ = [
     "ThompsonSampling",
     "__version__",
     "attention_similarities",
+    "count_kv_bytes",
     "eas_summary",
+    "measure_time",
 ]

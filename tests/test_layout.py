@@ -79,6 +79,7 @@ def test_modules_are_short():
         "peft_eas": [
             *("ARCHITECTURES", "Architecture", "AttentionBandit", "EASCallback", "EASConfig", "EASModel", "EASSearch"),
             *("InputAdapter", "PropagationAdapter", "Skippable", "attention_similarities", "eas_summary"),
+            *("count_kv_bytes", "measure_time"),
         ],
         "peft_eas.merged": ["register_family"],
         "peft_eas.plots": ["plot_loss_curve", "plot_search_curve", "plot_skip_map"],

@@ -17,7 +17,6 @@ import datetime
 import json
 import statistics
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,10 @@ from tqdm import tqdm
 from examples.compare.methods import METHODS, SKIPS_NOTHING
 from examples.compare.report import headline, write_report
 from examples.compare.runs import count_mhas, run, settings_of
-from examples.lavin.easy_vqa import lavin_easy_vqa
-from examples.meter.tasks import meter_nlvr2, meter_retrieval, meter_vqa
+from examples.compare.tasks import TASKS
 from examples.shared.json_lines import append_line, read_lines
 from examples.shared.task import Task
 
-TASKS: dict[str, Callable[[], Task]] = {
-    "lavin-easy-vqa": lavin_easy_vqa,
-    "meter-vqa": meter_vqa,
-    "meter-nlvr2": meter_nlvr2,
-    "meter-retrieval": meter_retrieval,
-}
 Key = tuple[str, str, float, int, int]
 KEY = ("task", "method", "share", "seed", "steps")  # of a record: what tells a run from others
 

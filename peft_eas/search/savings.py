@@ -16,6 +16,9 @@ from .skippable import eas_of
 from .timing import bare, layers_of, num_rounds, of_first_rank, skipped, time_attentions, time_pairs
 from .workload import Workload, check_shapes
 
+# Of a part's time as measured in the attention, and of a pass: limits for what a merge is taken to save.
+LEAST_SCALE, MOST_SAVED = 0.5, 0.999
+
 
 class Savings(NamedTuple):
     """What a model needs, and what skipping each candidate saves of it.
@@ -88,9 +91,9 @@ def measure_time(
     That is one forward pass over the batch, and `new_tokens` decoding steps behind it, measured where the cache holds
     half of them. An attention's part is the time that is spent in it, and in the norms that are deleted with it; of a
     model's passes the median. Attentions that are alike, in kind, shapes and what they are given, are given the same
-    time, their median, so that no choice between them follows from noise. base / (base − sum of the skipped) is how
-    many times as fast as the base the merged model is: what it saves beside, such as the sum with the residual, is
-    about what it pays for new biases.
+    time, their median, so that no choice between them follows from noise. What is saved beside, such as the sum with
+    the residual, shows where the model runs without attentions: all parts are scaled to what that saves. Then
+    base / (base − sum of the skipped) is how many times as fast as the base the merged model is.
 
     Adapters are disabled meanwhile, and nothing is changed. The model runs as it is: in the dtype of its weights or of
     the autocast around the call, not compiled. In a distributed run, call it on every rank; all get the first one's
@@ -111,11 +114,20 @@ def measure_time(
         phases = [(1, time_attentions(eas, work.prefill))]
         if new_tokens:
             phases.append((new_tokens, time_attentions(eas, work.decoding())))
+        # The first stays, as not every model runs without any.
+        names = [name for name in eas.candidates if any(saved[name] for _, (_, saved) in phases)][1:]
+        pairs = [pairs for _, pairs in _pairs(eas, work, names, new_tokens)] if names else []
     if not any(any(saved.values()) for _, (_, saved) in phases):
         raise ValueError(
             f"measure_time: none of the {len(eas.candidates)} candidates, such as {eas.candidates[0]}, is called for "
             f"a batch of {sorted(work.inputs)}. Give it all that the model attends to."
         )
+    for (_, (total, saved)), own in zip(phases, pairs):
+        share = statistics.median(1.0 - without / whole for whole, without in own)
+        scale = share * total / sum(saved[name] for name in names)
+        # Noise must not make a part of less than nothing, or all parts more than the whole.
+        scale = min(max(scale, LEAST_SCALE), MOST_SAVED * total / sum(saved.values()))
+        saved.update({name: scale * seconds for name, seconds in saved.items()})
     base = sum(times * total for times, (total, _) in phases)
     sums = [sum(times * saved[name] for times, (_, saved) in phases) for name in eas.candidates]
     base, *sums = of_first_rank(eas, [base, *sums])
@@ -194,20 +206,26 @@ def measured_speedup(
         raise ValueError(f"measured_speedup: {unknown[0]!r} is no candidate. Candidates: {eas.candidates}.")
     work = Workload(eas.model, batch, batch_size, prompt_tokens, new_tokens, _entry(model, eas))
     with bare(model, eas):
-        phases = [(1, work.prefill, work.prefill)]
-        if new_tokens:
-            with skipped(eas, names):
-                skipped_step = work.decoding()
-            phases.append((new_tokens, work.decoding(), skipped_step))
-        rounds = num_rounds(eas, work.prefill)
-        pairs_of = [time_pairs(eas, names, rounds, *runs) for _, *runs in phases]
-    times = [number for number, *_ in phases]
+        times, pairs_of = zip(*_pairs(eas, work, names, new_tokens))
     speedups = [
         sum(n * pair[0] for n, pair in zip(times, pairs)) / sum(n * pair[1] for n, pair in zip(times, pairs))
         for pairs in zip(*pairs_of)
     ]
     low, median, high = statistics.quantiles(speedups, n=4, method="inclusive")
     return Speedup(*of_first_rank(eas, [median, low, high]))
+
+
+def _pairs(
+    eas: EASModel, work: Workload, names: Sequence[str], new_tokens: int
+) -> list[tuple[int, list[tuple[float, float]]]]:
+    """By phase, the prompt's pass and decoding: how often it is run, and seconds of the base and without `names`."""
+    phases = [(1, work.prefill, work.prefill)]
+    if new_tokens:
+        with skipped(eas, names):
+            skipped_step = work.decoding()
+        phases.append((new_tokens, work.decoding(), skipped_step))
+    rounds = num_rounds(eas, work.prefill)
+    return [(times, time_pairs(eas, names, rounds, *runs)) for times, *runs in phases]
 
 
 def _eas_model(model: nn.Module, caller: str) -> EASModel:
