@@ -1,6 +1,6 @@
 """Merging: what `EASModel` folds, in place and for good, and how a merged model's config records it.
 
-See `merged.apply_record` for what the record does to a model that is loaded.
+See `runtime.record.apply_record` for what the record does to a model that is loaded.
 """
 
 import warnings
@@ -21,7 +21,8 @@ from .layers import AdaptedLayer, EASLayer, MHALayer
 from .reporting.provenance import origin
 from .runtime.adapter import RoutedAdapter
 from .runtime.forward import ADAPTER_NAME
-from .runtime.merged import FOLDED_MARK, FORMAT, check_registered, relative_name, turn_into_merged
+from .runtime.merged import FOLDED_MARK, check_registered, turn_into_merged
+from .runtime.record import FORMAT, relative_name
 
 
 class MergingTuner(BaseTuner):
