@@ -248,10 +248,8 @@ class EASConfig(PeftConfig):
             *BUDGETS,
         ):
             setattr(self, name, python_number(getattr(self, name)))
-        require("r", is_int(self.r, 1), "an integer of at least 1")
-        require("attention_r", is_int(self.attention_r, 0), "an integer of at least 0")
-        require("groups", is_int(self.groups, 1), "an integer of at least 1")
-        require("paths", is_int(self.paths, 1), "an integer of at least 1")
+        for name, least in (("r", 1), ("attention_r", 0), ("groups", 1), ("paths", 1)):
+            require(name, is_int(getattr(self, name), least), f"an integer of at least {least}")
         for name in ("r", "attention_r"):
             rank = getattr(self, name)
             require(name, rank % self.groups == 0, f"a multiple of groups={self.groups}")
@@ -271,8 +269,8 @@ class EASConfig(PeftConfig):
             self.paths = 1
         for name in ("init_weights", "context_recorded"):
             require(name, isinstance(getattr(self, name), bool), "True or False")
-        require("search", self.search is None or isinstance(self.search, dict), "a dict, or None")
-        require("base_shape", self.base_shape is None or isinstance(self.base_shape, dict), "a dict, or None")
+        for name in ("search", "base_shape"):
+            require(name, isinstance(getattr(self, name), (dict, type(None))), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
         for name, (low, high) in BUDGETS.items():

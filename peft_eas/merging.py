@@ -1,14 +1,14 @@
 """Merging: what `EASModel` folds, in place and for good, and how a merged model's config records it.
 
-See `merged.apply_record` for what the record does to a model that is loaded.
+See `runtime.record.apply_record` for what the record does to a model that is loaded.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,21 +17,17 @@ from .architectures import join
 from .folding.fold import shift_before
 from .injection.checks import check_not_offloaded, check_whole
 from .injection.trained_tokens import check_tokens, merge_tokens, unload_tokens
-from .layers import AdaptedLayer, EASLayer, MHALayer
+from .injection.tuner import InjectingTuner
+from .layers import AdaptedLayer, MHALayer
 from .reporting.provenance import origin
 from .runtime.adapter import RoutedAdapter
 from .runtime.forward import ADAPTER_NAME
-from .runtime.merged import FOLDED_MARK, FORMAT, check_registered, relative_name, turn_into_merged
+from .runtime.merged import FOLDED_MARK, check_registered, turn_into_merged
+from .runtime.record import FORMAT, relative_name
 
 
-class MergingTuner(BaseTuner):
+class MergingTuner(InjectingTuner):
     """The part of `EASModel` that merges adapters and unloads them."""
-
-    def _layers(self) -> Iterator[EASLayer]:
-        return (module for module in self.model.modules() if isinstance(module, EASLayer))
-
-    def _adapted_layers(self) -> Iterator[AdaptedLayer]:
-        return (layer for layer in self._layers() if isinstance(layer, AdaptedLayer))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Folds the active adapter into the weights in place; `unmerge_adapter` takes it out again.

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from test_merge import auto_class
 
 from peft_eas.reporting import provenance
-from peft_eas.reporting.card import BEGIN, END, PICTURE, PLACEHOLDER, record_speed
+from peft_eas.reporting.card import PICTURE, PLACEHOLDER, record_speed
+from peft_eas.reporting.card_file import BEGIN, END
 
 pytestmark = pytest.mark.usefixtures("pictures")
 

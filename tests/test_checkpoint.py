@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_eas import EASConfig
 from peft_eas.runtime.checkpoint import CODE_FILE, CODE_PARTS, code_text
-from peft_eas.runtime.merged import FORMAT, checksum
+from peft_eas.runtime.record import FORMAT, checksum
 
 CONTEXTS = ["running", "prompt"]
 ADVICE = r"Copy or download .* again, with config.json as it was saved"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_merge import auto_class, load_strictly
 
 from peft_eas import EASConfig
-from peft_eas.runtime.merged import checksum
+from peft_eas.runtime.record import checksum
 
 SAYS_WHAT_TO_DO = (
     r"EAS checkpoint.*random weights.*Install peft_eas from its repository.*import peft_eas.*Auto class.*"

@@ -1,1 +1,1 @@
-"""What goes into a model: its targets, checks of what is given, and trained tokens."""
+"""How adapters go into a model: the tuner that puts them there, targets, checks of what is given, trained tokens."""

@@ -1,38 +1,33 @@
 """Model cards of adapters and of merged models: the front matter that the Hub reads, and a section for people.
 
 What a card says about a merged model comes from its config, `config.eas`, so that it can be written whenever the model
-is saved. A card that is there already keeps its text: the section stands between two markers, and only what lies
-between them is replaced. The unfilled template that PEFT and transformers start every card from gives way.
+is saved. A card that is there already keeps what people wrote; see `card_file`.
 """
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from yaml import YAMLError
 
 from ..architectures import find_mhas
 from ..runtime.checkpoint import CODE_FILE, INSTALL
+from .card_file import ADAPTER_TAG, load_card, write_card
 from .plots import draw_skip_map
-from .provenance import CARD, hub_id_of, is_same_mha, origin, record_speed, saved_numbers
+from .provenance import is_same_mha, origin, record_speed, saved_numbers
 from .search_result import COLUMNS, SearchResult, Unit, value_text
 
 __all__ = ["adapter_card", "origin", "record_speed", "write_adapter_card", "write_merged_card"]
 
 PICTURE = "eas_skip_map.png"
-BEGIN, END = "<!-- peft_eas: what stands between these two lines is written anew -->", "<!-- peft_eas: end -->"
 TAGS = ["arxiv:2403.15226", "efficient-attention-skipping", "peft_eas"]
 PAPER = "[Efficient Attention Skipping](https://arxiv.org/abs/2403.15226)"
 PLACEHOLDER = "path/or/hub-name/of/this/repository"
-ADAPTER_TAG, PEFT_VERSION = "base_model:adapter:", "- PEFT "
 CONTEXTS = {
     "prompt": "the mean of each prompt",
     "running": "fixed, the mean of the prompts seen in training",
@@ -65,7 +60,7 @@ def adapter_card(model: PeftModel, folder: str | os.PathLike) -> Iterator[None]:
 
     What the user had set in the card's front matter outlives both.
     """
-    before = _load(Path(folder))
+    before = load_card(Path(folder))
     yield
     write_adapter_card(model, folder, before.data.to_dict() if before else {})
 
@@ -117,7 +112,7 @@ def write_adapter_card(model: PeftModel, folder: str | os.PathLike, before: dict
     ]
     tags = ["transformers", *TAGS, *([f"{ADAPTER_TAG}{hub_id}"] if hub_id else [])]
     data = {"base_model_relation": hub_id and "adapter", "library_name": "peft", "pipeline_tag": task, "tags": tags}
-    _write(folder, f"EAS adapter for {_base_name(facts)}", sections, data, facts, before)
+    write_card(folder, f"EAS adapter for {_base_name(facts)}", sections, data, facts, before)
 
 
 def _own_import(model: PreTrainedModel) -> list[str]:
@@ -174,7 +169,7 @@ def write_merged_card(model: PreTrainedModel, folder: str | os.PathLike) -> None
         "pipeline_tag": task,
         "tags": [*TAGS, *(["custom_code"] if has_code else [])],
     }
-    _write(folder, f"EAS merged into {_base_name(facts)}", sections, data, facts)
+    write_card(folder, f"EAS merged into {_base_name(facts)}", sections, data, facts)
 
 
 # --- parts of a card -------------------------------------------------------------------------------------------------
@@ -296,84 +291,3 @@ def _table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
 
 def _code(*lines: str) -> str:
     return "\n".join(("```python", *lines, "```"))
-
-
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
-def _load(folder: Path) -> ModelCard | None:
-    try:
-        return ModelCard.load(folder / CARD) if (folder / CARD).is_file() else None
-    except (ValueError, TypeError, YAMLError):
-        return None
-
-
-def _write(
-    folder: Path,
-    title: str,
-    sections: list[str],
-    ours: dict[str, Any],
-    facts: dict[str, Any],
-    before: dict[str, Any] | None = None,
-) -> None:
-    """Puts the sections and the front matter into the folder's card. The user's own text and choices stay."""
-    path, card = folder / CARD, _load(folder)
-    if card is None and path.is_file():
-        warnings.warn(
-            f"The front matter of {path} cannot be read, so the card is left as it is. Repair the part between the "
-            "two lines `---`, and save again.",
-            stacklevel=2,
-        )
-        return
-    card = card or ModelCard("---\n\n---\n")
-    before = card.data.to_dict() if before is None else before
-    named = before.get("base_model")
-    named_are_on_hub = all(hub_id_of(name) for name in _listed(named))
-    base_model = facts.get("base_model") or (named if _listed(named) and named_are_on_hub else None)
-    tags = {*ours["tags"], *_listed(before.get("tags")), *_listed(card.data.tags)}
-    values = {
-        "base_model": base_model,
-        "base_model_relation": ours["base_model_relation"] or (base_model and before.get("base_model_relation")),
-        "library_name": ours["library_name"],
-        "pipeline_tag": before.get("pipeline_tag") or ours["pipeline_tag"],
-        # PEFT names folders here as well, which the Hub does not take.
-        "tags": sorted(
-            tag for tag in tags if not tag.startswith(ADAPTER_TAG) or hub_id_of(tag.removeprefix(ADAPTER_TAG))
-        ),
-        **({} if before.get("license") else facts.get("license") or {}),
-    }
-    for key, value in values.items():
-        if value:
-            card.data[key] = value
-        else:
-            card.data.pop(key, None)
-    section = "\n\n".join([BEGIN, "## Efficient Attention Skipping", *sections, END])
-    if _is_unfilled(card.text):
-        versions = [line for line in card.text.splitlines() if line.startswith(PEFT_VERSION)]
-        tail = ["### Framework versions", "\n".join(versions)] if versions else []
-        card.text = "\n\n".join([f"\n# {title}", section, *tail])
-    elif BEGIN in card.text and END in card.text:
-        head, _, rest = card.text.partition(BEGIN)
-        card.text = head + section + rest.partition(END)[2]
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{section}"
-    card.text = card.text.rstrip() + "\n"
-    card.save(path)
-
-
-def _listed(value: Any) -> list[str]:
-    """What a person may have written for a list of words, as one."""
-    words = value if isinstance(value, list) else [value]
-    return [word for word in words if isinstance(word, str)]
-
-
-def _is_unfilled(text: str) -> bool:
-    """Whether a card's text is empty, or the template without anything that a person has written into it."""
-    template = ModelCard.from_template(ModelCardData()).text.splitlines()
-    by_machine = (
-        "### Framework versions",
-        PEFT_VERSION,
-        "This is the model card of a 🤗 transformers model that has been",
-    )
-    lines = [line for line in text.splitlines() if line and not line.startswith(by_machine)]
-    return not set(lines) - set(template)

@@ -15,7 +15,7 @@ from ..architectures import Architecture, at_path, find_mhas, join
 from ..injection.checks import first_layer_note
 from ..injection.targets import block_width, matches
 from ..layers import AdaptedLayer, FFNLayer, MHALayer
-from ..runtime.merged import relative_name
+from ..runtime.record import relative_name
 from ..runtime.skipped import SkippedMHA
 from ..values import is_int
 from .image_tokens import image_tokens
