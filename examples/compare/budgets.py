@@ -73,17 +73,18 @@ def halves(task: Task) -> tuple[Batches, Batches]:
 
 
 @torch.no_grad()
-def log_losses(model: nn.Module, batches: Batches) -> list[float]:
-    """The logarithm of the loss on each batch."""
-    return [math.log(float(model(**batch).loss)) for batch in batches]
-
-
-def increase(model: nn.Module, names: Sequence[str], nothing: Sequence[float], batches: Batches) -> str:
-    """How much the loss rises with `names` skipped, with its standard error over the batches."""
+def losses_of(model: nn.Module, names: Sequence[str], batches: Batches) -> list[float]:
+    """The loss on each batch with `names` skipped."""
     model.base_model.set_skipped_modules(names)
-    rises = [loss - before for loss, before in zip(log_losses(model, batches), nothing)]
-    mean, error = statistics.fmean(rises), statistics.stdev(rises) / math.sqrt(len(rises))
-    return f"{math.expm1(mean):+.1%} ± {math.exp(mean) * error:.1%}"
+    return [float(model(**batch).loss) for batch in batches]
+
+
+def rise(before: Sequence[float], after: Sequence[float]) -> str:
+    """By how much the mean loss has risen, with its standard error over the batches."""
+    share = statistics.fmean(after) / statistics.fmean(before)
+    differences = [b - share * a for a, b in zip(before, after)]
+    error = statistics.stdev(differences) / math.sqrt(len(before)) / statistics.fmean(before)
+    return f"{share - 1:+.1%} ± {error:.1%}"
 
 
 def row(task: Task, share: float, rounds: int, seed: int, name: str, value: float) -> tuple[str, ...]:
@@ -91,10 +92,9 @@ def row(task: Task, share: float, rounds: int, seed: int, name: str, value: floa
     whole, model, finder = search(task, share, seed, **{name: value})
     chosen = model.base_model.skipped_modules
     _, others = halves(task)
-    whole.base_model.set_skipped_modules([])
-    nothing = log_losses(whole, others)
+    nothing = losses_of(whole, [], others)
     more = finder.strategy.best(min(len(chosen) + 1, len(finder.strategy.candidates)))
-    points = [increase(whole, names, nothing, others) for names in (chosen, more)]
+    points = [rise(nothing, losses_of(whole, names, others)) for names in (chosen, more)]
     stated = next((p for p in finder.state_dict()["measured"] if p["num_skip"] == len(chosen)), None)
     told = "" if stated is None else f"{math.expm1(stated['increase']):+.1%} ± {stated['deviation']:.1%}"
     merged = model.merge_and_unload().eval()
@@ -102,7 +102,8 @@ def row(task: Task, share: float, rounds: int, seed: int, name: str, value: floa
     seconds = time_models(models, task.deployed_batch(), rounds)["prefill"]
     low, median, high = quartiles([base / own for base, own in zip(seconds["base"], seconds["merged"])])
     count = f"{len(chosen)} of {len(finder.strategy.candidates)}"
-    return (task.name, f"{name}={value:g}", count, told, *points, f"{median:.3f} ({low:.3f} to {high:.3f})")
+    before = f"{statistics.fmean(nothing):.4f}"
+    return (task.name, f"{name}={value:g}", count, before, told, *points, f"{median:.3f} ({low:.3f} to {high:.3f})")
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
-    head = ("task", "budget", "skipped", "loss, as stated", "on other batches", "with one more", "speed-up")
+    head = ("task", "budget", "skipped", "loss with none", "rise, stated", "elsewhere", "with one more", "speed-up")
     rows = [head]
     for name in options.tasks:
         for budget in ("max_loss_increase", "target_speedup"):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from ..strategies import ThompsonSampling
 
-# Held-out batches that a choice is measured on.
-NUM_BATCHES = 4
+# Held-out batches that a choice is measured on, and where that decides how many are skipped.
+NUM_BATCHES, NUM_DECIDING_BATCHES = 4, 16
 # Times that a choice which turns out too dear, or has room for more, is made again.
 MAX_CHOICES = 4
 Losses = Callable[[Sequence[Sequence[str]], int], list[float]]
@@ -52,22 +52,25 @@ def checked_choice(strategy: ThompsonSampling, losses: Losses, step: int) -> tup
 def _measure(
     strategy: ThompsonSampling, sets: dict[int, list[str]], losses: Losses, step: int
 ) -> dict[int, tuple[list[str], float, float]]:
-    increases: dict[int, list[float]] = {size: [] for size in sets}
-    tried = [[], *sets.values()]
+    decides = strategy.goal.kind == "cost"
+    tried, rows = [[], *sets.values()], []
     first = len(strategy.rounds)
-    for number in range(first, first + NUM_BATCHES):
+    for number in range(first, first + (NUM_DECIDING_BATCHES if decides else NUM_BATCHES)):
         values = losses(tried, number)
-        if strategy.goal.kind == "cost":
+        if decides:
             strategy.update(tried, values, step)
-        for size, value in zip(sets, values[1:]):
-            if value > 0.0 and values[0] > 0.0 and math.isfinite(value) and math.isfinite(values[0]):
-                increases[size].append(math.log(value / values[0]))
-    return {
-        size: (
-            names,
-            statistics.fmean(increases[size]),
-            statistics.stdev(increases[size]) / math.sqrt(len(increases[size])),
-        )
-        for size, names in sets.items()
-        if len(increases[size]) > 1
-    }
+        rows.append(values)
+    nothing, *by_set = zip(*rows)
+    found = {size: _increase(nothing, own) for size, own in zip(sets, by_set)}
+    return {size: (sets[size], *point) for size, point in found.items() if point is not None}
+
+
+def _increase(nothing: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
+    """The logarithm of the ratio of mean losses on the same batches, and its standard error; None where a loss is not
+    positive, or fewer than two are finite."""
+    pairs = [pair for pair in zip(nothing, losses) if all(map(math.isfinite, pair))]
+    if len(pairs) < 2 or min(map(min, pairs)) <= 0.0:
+        return None
+    before, after = (statistics.fmean(values) for values in zip(*pairs))
+    differences = [b / after - a / before for a, b in pairs]
+    return math.log(after / before), statistics.stdev(differences) / math.sqrt(len(pairs))

@@ -69,6 +69,11 @@ class Strategy(ABC):
     def _learn(self) -> None:
         """Sets `scores` anew, given the last of `rounds` as well."""
 
+    @property
+    def compares_with_nothing(self) -> bool:
+        """Whether rounds must tell what sets cost against nothing skipped, not only against each other."""
+        return False
+
     def figures(self) -> dict[str, float]:
         """What a log tells of the course of the search."""
         return {}

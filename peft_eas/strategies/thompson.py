@@ -67,7 +67,6 @@ class ThompsonSampling(Strategy):
 
     @property
     def compares_with_nothing(self) -> bool:
-        """Whether rounds must tell what sets cost against nothing skipped, not only against each other."""
         return self.goal.kind == "cost"
 
     def sample_sets(self, num: int, k: int | None = None) -> list[list[str]]:
