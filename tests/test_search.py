@@ -102,7 +102,7 @@ def test_it_is_what_the_callback_does_under_trainer(tmp_path) -> None:
     )
     trainer.train()
     run = LikeTrainer(model={"dropout": 0.0})
-    run.search.batches = make_batches(evaluation, evaluation.seen[4:])  # the first was only looked at for labels
+    run.search.held_out.batches = make_batches(evaluation, evaluation.seen[4:])  # the first was only looked at for labels
     run.train(make_batches(training, training.seen[: 4 * STEPS]))
     assert run.skipped == watcher.in_steps
     assert run.search.state_dict()["strategy"] == callback.record["strategy"]
@@ -240,7 +240,7 @@ def test_rewards_leave_everything_as_it_was() -> None:
         return run.loss(HELD_OUT[number]).item()
 
     run = Run()
-    run.search.batch_loss, run.search.batches = loss, None
+    run.search.held_out.batch_loss, run.search.held_out.batches = loss, None
     frozen = run.model.base_model.model.model.layers[0].input_layernorm.eval()
     run.train(TRAINING[:5])
     before = run.state()
@@ -263,7 +263,7 @@ def test_modes_come_back_after_an_error() -> None:
 
     run = Run()
     run.train(TRAINING[:5])
-    run.search.batch_loss = fail
+    run.search.held_out.batch_loss = fail
     with pytest.raises(RuntimeError, match="out of memory"):
         run.train(TRAINING[5:6])
     assert run.model.training
@@ -426,7 +426,7 @@ def test_a_model_without_eas_is_refused() -> None:
 )
 def test_what_is_no_loss_is_refused(value, what) -> None:
     run = Run().train(TRAINING[:5])
-    run.search.batch_loss = lambda batch: value
+    run.search.held_out.batch_loss = lambda batch: value
     with pytest.raises(ValueError, match=f"returned a value of {what}; it must return the loss.*have labels"):
         run.train(TRAINING[5:6])
 

@@ -39,6 +39,23 @@ def savings_of(config: EASConfig, model: nn.Module, batch: Mapping[str, Any], **
     return measure(model, batch, **shapes)
 
 
+def savings_of_batches(config: EASConfig, model: nn.Module, batches: Sequence[Any] | None) -> Savings:
+    """The same at the shapes of the first batch.
+
+    Raises:
+        ValueError: where there is none of the model's arguments.
+    """
+    batch = batches[0] if batches else None
+    name, value = config.budget
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"EASConfig({name}={value:g}) asks for savings, which are measured on a batch, but batches= has no "
+            "dictionaries of the model's arguments. Pass EASSearch(savings=measure_time(model, batch)) or "
+            "count_kv_bytes(model, batch)."
+        )
+    return savings_of(config, model, batch)
+
+
 def new_strategy(
     settings: dict[str, Any], candidates: Sequence[str], num_skip: int | None, goal: Goal | None, seed: int
 ) -> Strategy:

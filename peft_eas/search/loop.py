@@ -1,13 +1,12 @@
 """`EASSearch`: the search in a training loop of your own. It knows nothing of Trainer."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..model import EASModel
 from ..strategies import Strategy, ThompsonSampling
@@ -15,8 +14,9 @@ from ..strategies.bandit import Reward
 from ..strategies.goal import Goal
 from ..values import python_number
 from .check import checked_choice
-from .choice import goal_of, new_strategy, resumed_strategy, savings_of
-from .evaluation import evaluation_mode, from_all_ranks, mean_over_ranks, preserved_random_state
+from .choice import goal_of, new_strategy, resumed_strategy, savings_of_batches
+from .evaluation import from_all_ranks
+from .held_out import HeldOutLosses, as_scalar
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
 from .savings import Savings
 from .schedule import (
@@ -119,6 +119,7 @@ class EASSearch:
     Attributes:
         step: optimizer steps done.
         strategy: the search's scores and rounds (a `peft_eas.Strategy`); None if there is nothing to search.
+        held_out: what it is rewarded on: `held_out.batch_loss` and `held_out.batches`.
 
     Raises:
         TypeError: for a model without EAS adapters that is no `Skippable` either.
@@ -156,8 +157,7 @@ class EASSearch:
         self.model = model
         self.eas = eas_of(model, type(self).__name__, type(self).__name__)
         self.num_steps = num_steps
-        self.batch_loss = batch_loss
-        self.batches = batches
+        self.held_out = HeldOutLosses(model, self.eas, batch_loss, batches, seed)
         self.optimizer = optimizer
         self.num_candidates = settings["num_candidates"]
         self.seed = seed
@@ -189,7 +189,7 @@ class EASSearch:
         if isinstance(self.eas, EASModel):
             self.eas.awaits_freeze = self._schedule.freeze_step is not None
         if self.is_searching:
-            self._check_means()
+            self.held_out.check()
         elif config.skipped_modules is None and config.num_skip:  # all of them: nothing to choose
             self.eas.fix_skipped_modules(self.eas.candidates)
         self._end_step()  # a run before may have been interrupted within one
@@ -247,7 +247,7 @@ class EASSearch:
         """
         self.step += 1
         if loss is not None and self.is_searching and self._has_begun:
-            self._pending.append((self._step_set, self.step, from_all_ranks(self._as_scalar(loss))))
+            self._pending.append((self._step_set, self.step, from_all_ranks(as_scalar(loss, self.model))))
         self._end_step()
         self.eas.sync_context()
         if self.is_searching:
@@ -357,21 +357,12 @@ class EASSearch:
         return schedule.resumed(Schedule(**state["schedule"]), state["step"])
 
     def _measured(self, given: Savings | Callable[[], Savings] | None) -> Savings:
-        savings = self._savings_of_first_batch() if given is None else given() if callable(given) else given
+        if given is None:
+            given = savings_of_batches(self.eas.active_config, self.model, self.held_out.batches)
+        savings = given() if callable(given) else given
         values = list(savings.saved.values())
         self._savings = {"unit": savings.unit, "total": savings.base, "per_candidate": values}
         return savings
-
-    def _savings_of_first_batch(self) -> Savings:
-        batch = None if self.batches is None else self.batches[0]
-        name, value = self.eas.active_config.budget
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"EASConfig({name}={value:g}) asks for savings, which are measured on a batch, but batches= has no "
-                "dictionaries of the model's arguments. Pass EASSearch(savings=measure_time(model, batch)) or "
-                "count_kv_bytes(model, batch)."
-            )
-        return savings_of(self.eas.active_config, self.model, batch)
 
     # --- the search ------------------------------------------------------------------------------------------------
 
@@ -403,42 +394,18 @@ class EASSearch:
         self.eas.active_config.note_scores(self._scores)
 
     def _losses(self, sets: Sequence[Sequence[str]], number: int) -> list[float]:
-        """The loss with each set skipped, on held-out batch `number`.
-
-        Modes, running contexts and random states are afterwards what they were.
-        """
-        batch = number if self.batches is None else self.batches[number % len(self.batches)]
-        losses = []
+        """The loss with each set skipped, on held-out batch `number`. All is afterwards what it was."""
         self._anneal_context(self._schedule.running_share(self.step))
         try:
-            with preserved_random_state(self.seed + number), torch.no_grad(), evaluation_mode(self.model):
-                for names in sets:
-                    self.eas.set_skipped_modules(names)
-                    losses.append(self._checked_loss(batch))
+            return self.held_out(sets, number)
         finally:
             self._end_step()
-        return mean_over_ranks(torch.stack(losses))
 
     def _pass_on_steps(self) -> None:
         """Tells the strategy of the training losses since the last round."""
         for names, step, losses in self._pending:
             self.strategy.note_step(names, losses.double().mean().item(), step)
         self._pending = []
-
-    def _checked_loss(self, batch: Any) -> torch.Tensor:
-        loss = self.batch_loss(batch)
-        if not isinstance(loss, (int, float)) and not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"type {type(loss).__name__}"
-            raise ValueError(
-                f"EASSearch(batch_loss=...) returned a value of {what}; it must return the loss on the held-out "
-                "batch, a tensor of one element or a number. Do the batches have labels?"
-            )
-        return self._as_scalar(loss)
-
-    def _as_scalar(self, loss: torch.Tensor | float) -> torch.Tensor:
-        if not isinstance(loss, torch.Tensor):
-            loss = torch.tensor(float(loss), device=next(self.model.parameters()).device)
-        return loss.detach().float().reshape(())
 
     def _end_search(self) -> None:
         self._pass_on_steps()
@@ -488,21 +455,3 @@ class EASSearch:
     def _is_freeze_due(self) -> bool:
         freeze_step = self._schedule.freeze_step
         return freeze_step is not None and freeze_step <= self.step and self.eas.active_config.context == "prompt"
-
-    def _check_means(self) -> None:
-        """Raises a ValueError where there is nothing to compute rewards from, or gradients cannot be reduced."""
-        if self.batch_loss is None or (self.batches is not None and len(self.batches) == 0):
-            what = "batch_loss is missing" if self.batch_loss is None else "batches is empty"
-            raise ValueError(
-                f"EASSearch has nothing to compute rewards from: {what}. Pass batch_loss, a function that returns "
-                "the loss of the model on a held-out batch, and at least one batch or none of batches=, or name the "
-                "MHAs to skip in EASConfig(skipped_modules=...)."
-            )
-        ddp = next((module for module in self.model.modules() if isinstance(module, DistributedDataParallel)), None)
-        if ddp is not None and (not ddp.find_unused_parameters or ddp.static_graph):
-            raise ValueError(
-                f"DistributedDataParallel was made with find_unused_parameters={ddp.find_unused_parameters} and "
-                f"static_graph={ddp.static_graph}, but each step of the search leaves other parameters unused. Set "
-                "find_unused_parameters=True and static_graph=False (with accelerate: "
-                "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))."
-            )
