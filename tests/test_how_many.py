@@ -1,5 +1,8 @@
 """A search that decides how many are skipped: by a loss, a speed-up, or a KV cache."""
 
+import math
+import statistics
+
 import pytest
 import torch
 from conftest import LAYERS, build_model
@@ -8,6 +11,7 @@ from skippable import Blocks
 from training import SCHEDULE, Sentences, make_model, make_trainer
 
 from peft_eas import EASCallback, EASConfig, EASSearch
+from peft_eas.search.check import _increase
 from peft_eas.search.savings import Savings
 
 OPEN = {"num_skip": None}
@@ -74,6 +78,30 @@ def test_as_many_as_the_loss_allows(increase, expected) -> None:
     assert blocks.skipped_modules == expected
     measured = {point["num_skip"]: point["increase"] for point in search.state_dict()["measured"]}
     assert measured[len(expected)] == pytest.approx(torch.tensor(loss(None)).log().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("options", "is_kept_up"), [({"max_loss_increase": 0.1}, True), ({"num_skip": 2}, False)])
+def test_what_losses_are_held_against_is_trained_as_well(options, is_kept_up) -> None:
+    """Otherwise nothing skipped would fall behind, and any set would look good beside it."""
+    blocks = Blocks(**{**OPEN, **options})
+    search = EASSearch(blocks, 100, lambda _: 1.0 + 0.01 * len(blocks.skipped_modules), search_steps=80)
+    sizes = []
+    while search.is_searching:
+        search.before_step()
+        sizes.append(len(blocks.skipped_modules))
+        search.after_step()
+    grown = sizes[60:]
+    assert all((size == 0) == (is_kept_up and number % 4 == 0) for number, size in enumerate(grown))
+
+
+def test_the_rise_of_a_loss_is_that_of_its_mean() -> None:
+    nothing, losses = [0.5, 1.5, math.nan, 1.0], [0.6, 1.6, 1.0, 1.1]
+    increase, error = _increase(nothing, losses)
+    assert increase == pytest.approx(math.log(1.1))
+    differences = [0.6 / 1.1 - 0.5, 1.6 / 1.1 - 1.5, 0.0]
+    assert error == pytest.approx(statistics.stdev(differences) / math.sqrt(3))
+    assert _increase([1.0, -1.0, 1.0], [1.0, 1.0, 1.0]) is None
+    assert _increase([1.0, math.inf], [1.0, 1.0]) is None
 
 
 def test_what_cannot_be_reached_is_an_error_that_names_what_can() -> None:
