@@ -103,9 +103,7 @@ def test_it_is_what_the_callback_does_under_trainer(tmp_path) -> None:
     trainer.train()
     run = LikeTrainer(model={"dropout": 0.0})
     # The first was only looked at for labels.
-    run.search.held_out.batches = make_batches(
-        evaluation, evaluation.seen[4:]
-    )  # the first was only looked at for labels
+    run.search.held_out.batches = make_batches(evaluation, evaluation.seen[4:])
     run.train(make_batches(training, training.seen[: 4 * STEPS]))
     assert run.skipped == watcher.in_steps
     assert run.search.state_dict()["strategy"] == callback.record["strategy"]
