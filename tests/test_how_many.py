@@ -94,6 +94,20 @@ def test_what_losses_are_held_against_is_trained_as_well(options, is_kept_up) ->
     assert all((size == 0) == (is_kept_up and number % 4 == 0) for number, size in enumerate(grown))
 
 
+@pytest.mark.parametrize("free", [0, 1, 3, 5])
+def test_a_loss_decides_by_what_was_measured(free) -> None:
+    """Costs that do not add up: as many as `free` are skipped for nothing, and one more costs a lot."""
+    blocks = Blocks(**OPEN, max_loss_increase=0.02)
+    search = EASSearch(blocks, 100, lambda _: 3.0 if len(blocks.skipped_modules) > free else 1.0)
+    while search.is_searching:
+        search.before_step()
+        search.after_step()
+    assert len(blocks.skipped_modules) == free
+    measured = {point["num_skip"]: point["increase"] for point in search.state_dict()["measured"]}
+    assert free == 0 or measured[free] == 0.0
+    assert free == 5 or measured[free + 1] == pytest.approx(math.log(3.0))
+
+
 def test_the_rise_of_a_loss_is_that_of_its_mean() -> None:
     nothing, losses = [0.5, 1.5, math.nan, 1.0], [0.6, 1.6, 1.0, 1.1]
     increase, error = _increase(nothing, losses)

@@ -8,61 +8,55 @@ from ..strategies import ThompsonSampling
 
 # Held-out batches that a choice is measured on, and where that decides how many are skipped.
 NUM_BATCHES, NUM_DECIDING_BATCHES = 4, 16
-# Times that a choice which turns out too dear, or has room for more, is made again.
-MAX_CHOICES = 4
 Losses = Callable[[Sequence[Sequence[str]], int], list[float]]
 
 
 def checked_choice(strategy: ThompsonSampling, losses: Losses, step: int) -> tuple[list[str], list[dict[str, float]]]:
-    """The set to skip, and what sets of its size, and for a cost also of the sizes next to it, were measured to cost.
+    """The set to skip, and what it, and where a loss decides the sets of other sizes, were measured to cost.
 
-    Where the loss may rise by a given share, the largest set is taken whose measured mean stays within. What is
-    measured for that is told to the strategy, which then chooses again, until the choice is one that was measured.
+    Where the loss may rise by a given share, the number skipped is one that was measured to stay within when one more
+    was measured not to. What is measured for that is told to the strategy, whose estimate is the next number to try;
+    where it is known to be too low or too high, the one halfway between the bounds.
 
     Args:
         losses: the losses of sets on the held-out batch of a number.
 
     Returns:
-        the names, and by size `{"num_skip", "increase", "deviation"}`: mean and standard error of the increase of the
-        log loss.
+        the names, and by size `{"num_skip", "increase", "deviation"}`: of the mean loss, the increase of its logarithm
+        against nothing skipped, and the standard error.
     """
-    measured: dict[int, tuple[list[str], float, float]] = {}
-    for _ in range(MAX_CHOICES):
-        chosen = strategy.best()
-        sizes = [len(chosen)]
-        if strategy.goal.kind == "cost":
-            sizes = [size for size in range(sizes[0] - 1, sizes[0] + 3) if 0 < size <= len(strategy.candidates)]
-        sets = {size: strategy.best(size) if size != len(chosen) else chosen for size in sizes}
-        sets = {size: names for size, names in sets.items() if names and measured.get(size, [None])[0] != names}
-        if not sets:
-            break
-        measured |= _measure(strategy, sets, losses, step)
-        if strategy.goal.kind != "cost":
-            break
-    points = [
-        {"num_skip": size, "increase": mean, "deviation": deviation}
-        for size, (_, mean, deviation) in sorted(measured.items())
-    ]
+    chosen = strategy.best()
     if strategy.goal.kind != "cost":
-        return chosen, points
-    within = [names for names, mean, _ in measured.values() if mean <= strategy.goal.amount]
-    return max(within, key=len, default=[]), points
+        found = _increase(*_measured(chosen, losses, len(strategy.rounds), NUM_BATCHES)) if chosen else None
+        return chosen, [] if found is None else [_point(chosen, found)]
+    within, points = [], {}
+    most = len(strategy.candidates) + 1  # too many
+    while most - len(within) > 1:
+        size = len(strategy.best())
+        if not len(within) < size < most:
+            size = (len(within) + most) // 2
+        names = strategy.best(size)
+        nothing, own = _measured(names, losses, len(strategy.rounds), NUM_DECIDING_BATCHES)
+        for pair in zip(nothing, own):
+            strategy.update([[], names], pair, step)
+        found = _increase(nothing, own)
+        if found is not None:
+            points[size] = _point(names, found)
+        if found is not None and found[0] <= strategy.goal.amount:
+            within = names
+        else:
+            most = size
+    return within, [points[size] for size in sorted(points)]
 
 
-def _measure(
-    strategy: ThompsonSampling, sets: dict[int, list[str]], losses: Losses, step: int
-) -> dict[int, tuple[list[str], float, float]]:
-    decides = strategy.goal.kind == "cost"
-    tried, rows = [[], *sets.values()], []
-    first = len(strategy.rounds)
-    for number in range(first, first + (NUM_DECIDING_BATCHES if decides else NUM_BATCHES)):
-        values = losses(tried, number)
-        if decides:
-            strategy.update(tried, values, step)
-        rows.append(values)
-    nothing, *by_set = zip(*rows)
-    found = {size: _increase(nothing, own) for size, own in zip(sets, by_set)}
-    return {size: (sets[size], *point) for size, point in found.items() if point is not None}
+def _measured(names: list[str], losses: Losses, first: int, count: int) -> tuple[list[float], list[float]]:
+    """The losses with nothing skipped and with `names`, on `count` batches from the number `first` on."""
+    pairs = [losses([[], names], number) for number in range(first, first + count)]
+    return [nothing for nothing, _ in pairs], [own for _, own in pairs]
+
+
+def _point(names: list[str], found: tuple[float, float]) -> dict[str, float]:
+    return {"num_skip": len(names), "increase": found[0], "deviation": found[1]}
 
 
 def _increase(nothing: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
