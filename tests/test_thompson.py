@@ -139,6 +139,17 @@ def test_losses_below_zero_are_taken_as_they_are() -> None:
     assert not {SMALL[0], SMALL[1]} & set(strategy.best())
 
 
+@pytest.mark.parametrize("num", [2, 8, 30])
+@pytest.mark.parametrize(
+    "loss",
+    [lambda names: 1.0, lambda names: 3.0 if len(names) > 2 else 1.0, lambda names: 1e6 if "0" in names else 1.0],
+)
+def test_losses_without_any_noise_can_be_learned_from(num, loss) -> None:
+    for options in ({"num_skip": num // 2}, {"goal": Goal("cost", 0.02)}):
+        strategy = search(ThompsonSampling([str(i) for i in range(num)], **options), loss, 15)
+        assert all(map(math.isfinite, strategy.scores))
+
+
 def test_the_curve_goes_through_what_was_measured() -> None:
     strategy = search(ThompsonSampling(SMALL, 2), lambda names: math.exp(0.1 * len(names)), 5)
     curve = strategy.curve([{"num_skip": 2, "increase": 0.3, "deviation": 0.05}])

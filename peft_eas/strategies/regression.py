@@ -13,6 +13,8 @@ import numpy as np
 # the scale for all others.
 NOISE_FREEDOM, COST_FREEDOM = 10.0, 3.0
 ITERATIONS = 12
+# Losses that differ by less are as good as equal.
+LEAST_SPREAD = 1e-6
 NUM_KINDS = 3
 # What a set tells of the costs around the best set fades with the number of candidates in which the two differ,
 # because costs do not quite add up: its noise variance grows by this share of it for each.
@@ -102,8 +104,7 @@ def fit(
         information = weighted.T @ design - scaled.T @ by_group
         known = np.concatenate([1.0 / cost_variance, fixed_precision])
         information[np.diag_indices_from(information)] += known
-        covariance = np.linalg.inv(information)
-        covariance = (covariance + covariance.T) / 2.0
+        covariance = _inverse(information)
         towards = weighted.T @ values - scaled.T @ np.bincount(data.group, precision * values, groups)
         mean = covariance @ towards
 
@@ -133,6 +134,14 @@ def fit(
     return Posterior(to_costs @ mean, root, level, np.sqrt(noise))
 
 
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Of a symmetric positive definite matrix whose diagonal may span many powers of ten, as without any noise."""
+    scale = 1.0 / np.sqrt(np.diag(matrix))
+    scaled = matrix * np.outer(scale, scale) + 1e-12 * np.eye(len(matrix))
+    inverse = np.linalg.inv(scaled) * np.outer(scale, scale)
+    return (inverse + inverse.T) / 2.0
+
+
 def _typical_spread(data: Observations, values: np.ndarray) -> float:
     """A robust standard deviation of the values within their groups."""
     sizes = np.bincount(data.group)
@@ -141,4 +150,4 @@ def _typical_spread(data: Observations, values: np.ndarray) -> float:
     if len(within) == 0:
         return 1.0
     # 1.48 times the median is the standard deviation of normal values.
-    return max(1.4826 * float(np.median(np.abs(within))), 0.3 * float(within.std()), 1e-9)
+    return max(1.4826 * float(np.median(np.abs(within))), 0.3 * float(within.std()), LEAST_SPREAD)
