@@ -186,7 +186,7 @@ def test_a_search_to_the_last_step_is_warned_of(search_steps, caplog) -> None:
 
 def run_search(search: EASSearch, losses) -> None:
     """A search alone, whose n-th evaluation has the loss losses(skipped names)."""
-    search.batch_loss = lambda batch: losses(search.eas.skipped_modules)
+    search.held_out.batch_loss = lambda batch: losses(search.eas.skipped_modules)
     for _ in range(search.num_steps):
         search.before_step()
         search.after_step()

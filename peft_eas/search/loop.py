@@ -159,6 +159,8 @@ class EASSearch:
         self.num_steps = num_steps
         self.held_out = HeldOutLosses(model, self.eas, batch_loss, batches, seed)
         self.optimizer = optimizer
+        if optimizer is not None:
+            _begin_all_states(optimizer)
         self.num_candidates = settings["num_candidates"]
         self.seed = seed
         self.step = 0
@@ -455,3 +457,18 @@ class EASSearch:
     def _is_freeze_due(self) -> bool:
         freeze_step = self._schedule.freeze_step
         return freeze_step is not None and freeze_step <= self.step and self.eas.active_config.context == "prompt"
+
+
+def _begin_all_states(optimizer: torch.optim.Optimizer) -> None:
+    """Lets the next step of the optimizer begin a state for every parameter, also of adapters that were not drawn yet:
+    torch refuses to load a sharded optimizer's states where some are missing."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's has it inside
+
+    def give_gradients(*_: Any) -> None:
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and parameter.grad is None and not inner.state.get(parameter):
+                    parameter.grad = torch.zeros_like(parameter)
+        handle.remove()
+
+    handle = inner.register_step_pre_hook(give_gradients)

@@ -85,7 +85,8 @@ def fit(
     cost_scale, cost_variance = start, np.full(num, start)
     noise, between = np.full(kinds, (0.3 * typical) ** 2), np.full(kinds, typical**2)
     weight, trust = np.ones(len(values)), data.trust
-    of_kind = np.bincount(data.kind, minlength=kinds), np.bincount(kind_of_group, minlength=kinds)
+    # A loss that counts by half is half a loss, or the noise would be taken for less than it is.
+    of_kind = np.bincount(data.kind, data.trust, kinds), np.bincount(kind_of_group, minlength=kinds)
     fixed_precision = np.concatenate([np.full(kinds, 1e-4 / start), *([[1.0 / start]] if hint is not None else [])])
     to_costs = np.zeros((num, design.shape[1]))
     to_costs[:, :num] = np.eye(num)
@@ -112,7 +113,7 @@ def fit(
         effect = effect_variance * np.bincount(data.group, precision * residual, groups)
         squares = (residual - effect[data.group]) ** 2
         weight = (NOISE_FREEDOM + 1.0) / (NOISE_FREEDOM + squares / noise[data.kind])
-        spent = (design.shape[1] - (known * np.diag(covariance)).sum()) / len(values)
+        spent = (design.shape[1] - (known * np.diag(covariance)).sum()) / data.trust.sum()
         spent_on_groups = np.bincount(kind_of_group, total * effect_variance, kinds)
         free = np.maximum(1.0, of_kind[0] * (1.0 - spent) - spent_on_groups)
         noise = 2 * (0.1 * typical) ** 2 + np.bincount(data.kind, weight * trust * squares, kinds)
