@@ -159,8 +159,6 @@ class EASSearch:
         self.num_steps = num_steps
         self.held_out = HeldOutLosses(model, self.eas, batch_loss, batches, seed)
         self.optimizer = optimizer
-        if optimizer is not None:
-            _begin_all_states(optimizer)
         self.num_candidates = settings["num_candidates"]
         self.seed = seed
         self.step = 0
@@ -194,6 +192,8 @@ class EASSearch:
             self.held_out.check()
         elif config.skipped_modules is None and config.num_skip:  # all of them: nothing to choose
             self.eas.fix_skipped_modules(self.eas.candidates)
+        if self.is_searching and optimizer is not None:
+            _begin_all_states(optimizer)
         self._end_step()  # a run before may have been interrupted within one
         if state is not None:
             self.load_state_dict(state)
