@@ -160,3 +160,13 @@ def test_the_curve_goes_through_what_was_measured() -> None:
 def test_one_of_number_and_goal_is_given() -> None:
     with pytest.raises(ValueError, match="give one of the two"):
         ThompsonSampling(SMALL)
+
+
+def test_a_round_has_something_to_compare() -> None:
+    """Also where one set is as good as sure."""
+    strategy = ThompsonSampling(SMALL, 1)
+    for step in range(60):
+        sets = strategy.sample_sets(2)
+        assert len({tuple(names) for names in sets}) == 2
+        strategy.update(sets, [1.0 if names == [SMALL[2]] else 1e6 for names in sets], step)
+    assert strategy.best() == [SMALL[2]]

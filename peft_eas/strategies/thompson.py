@@ -71,7 +71,15 @@ class ThompsonSampling(Strategy):
 
     def sample_sets(self, num: int, k: int | None = None) -> list[list[str]]:
         first = [[]] if self.compares_with_nothing else []
-        return first + [names for names in super().sample_sets(num - len(first), k) if names]
+        sets = first + [names for names in super().sample_sets(num - len(first), k) if names]
+        if len(sets) == 1 and 0 < len(sets[0]) < len(self.candidates):
+            # One set alone tells nothing; a search that is sure of its choice holds it against any other.
+            other = sets[0]
+            generator = self._random()
+            while other == sets[0]:
+                other = self._names(sorted(generator.sample(range(len(self.candidates)), len(other))))
+            sets.append(other)
+        return sets
 
     def best(self, k: int | None = None) -> list[str]:
         return self._names(self._chosen if k is None else self._cheapest(self._posterior.mean, k))
