@@ -123,8 +123,11 @@ def measure_time(
             f"a batch of {sorted(work.inputs)}. Give it all that the model attends to."
         )
     for (_, (total, saved)), own in zip(phases, pairs):
+        part = sum(saved[name] for name in names)
+        if part == 0.0:  # such as of an encoder's attentions, while a decoder goes on
+            continue
         share = statistics.median(1.0 - without / whole for whole, without in own)
-        scale = share * total / sum(saved[name] for name in names)
+        scale = share * total / part
         # Noise must not make a part of less than nothing, or all parts more than the whole.
         scale = min(max(scale, LEAST_SCALE), MOST_SAVED * total / sum(saved.values()))
         saved.update({name: scale * seconds for name, seconds in saved.items()})
