@@ -15,7 +15,7 @@ from .runtime.checkpoint import AFTER_SAVE
 from .search.loop import EASSearch
 from .search.savings import count_kv_bytes, measure_time
 from .search.similarity import attention_similarities
-from .search.skippable import Skippable
+from .skippable import Skippable
 from .strategies import AttentionBandit, Strategy, ThompsonSampling
 from .version import __version__
 

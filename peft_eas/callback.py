@@ -19,7 +19,6 @@ from .search.loop import EASSearch
 from .search.rewards import RewardSet, choose_reward_set, hold_back
 from .search.savings import Savings
 from .search.schedule import SETTINGS, FreezeAt, StrategyName, check_settings
-from .search.skippable import eas_of, needs_search
 from .search.trainer import (
     TrainingLosses,
     calling_trainer,
@@ -31,6 +30,7 @@ from .search.trainer import (
     saved_search,
 )
 from .search.workload import check_shapes
+from .skippable import eas_of, needs_search
 from .strategies import Strategy
 from .strategies.bandit import Reward
 from .values import is_int, python_number

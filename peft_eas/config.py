@@ -123,6 +123,13 @@ class EASConfig(PeftConfig):
     attention_r: int = field(
         default=8, metadata={"help": "Rank of the adapter at the input of a kept MHA; 0 for no such adapter."}
     )
+    output_r: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of the output adapter, beside the output projection of a skipped MHA's FFN, which can write "
+            "what the MHA wrote; 0 for no such adapter. A mixture of experts has no such projection, and takes none."
+        },
+    )
     groups: int = field(
         default=2,
         metadata={"help": "Diagonal blocks of the up-projections; divides the ranks and the model's width."},
@@ -244,11 +251,11 @@ class EASConfig(PeftConfig):
                 raise ValueError(f"EASConfig({name}={getattr(self, name)!r}): {name} must be {what}.")
 
         for name in (
-            *("r", "attention_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"),
+            *("r", "attention_r", "output_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"),
             *BUDGETS,
         ):
             setattr(self, name, python_number(getattr(self, name)))
-        for name, least in (("r", 1), ("attention_r", 0), ("groups", 1), ("paths", 1)):
+        for name, least in (("r", 1), ("attention_r", 0), ("output_r", 0), ("groups", 1), ("paths", 1)):
             require(name, is_int(getattr(self, name), least), f"an integer of at least {least}")
         for name in ("r", "attention_r"):
             rank = getattr(self, name)

@@ -18,7 +18,7 @@ from .folding.fold import shift_before
 from .injection.checks import check_not_offloaded, check_whole
 from .injection.trained_tokens import check_tokens, merge_tokens, unload_tokens
 from .injection.tuner import InjectingTuner
-from .layers import AdaptedLayer, MHALayer
+from .layers import AdaptedLayer, MHALayer, OutputLayer, RoutedLayer
 from .reporting.provenance import origin
 from .runtime.adapter import RoutedAdapter
 from .runtime.forward import ADAPTER_NAME
@@ -108,15 +108,17 @@ class MergingTuner(InjectingTuner):
                     "is merged into. Call unmerge_adapter() first."
                 )
             facts = origin(self, name)
-            for key in ("r", "attention_r", "trainable_parameters") if len(names) > 1 else ():
+            for key in ("r", "attention_r", "output_r", "trainable_parameters") if len(names) > 1 else ():
                 facts[key] = sum(origin(self, other)[key] for other in names)
             if context == "prompt":
-                check_not_offloaded(self._adapted_layers())
+                layers = [layer for layer in self._adapted_layers() if isinstance(layer, RoutedLayer)]
+                check_not_offloaded(layers)
+                self._check_fold(names, safe_merge, [one for one in self._adapted_layers() if one not in layers])
                 record, kept = record_with_adapters(self.model, self._adapted_layers(), name)
                 record["answer_in_input"] = self.answer_in_input(name)
                 if safe_merge:
                     check_finite(kept)
-                for layer in self._adapted_layers():
+                for layer in layers:
                     layer.unmerge()
                     if name in layer.adapters:
                         del layer.adapters[name]  # so that there is nothing to fold
@@ -211,7 +213,10 @@ class MergingTuner(InjectingTuner):
                 "keeps each prompt's own context.",
                 stacklevel=2,
             )
-        layers = [layer for layer in self._adapted_layers() if not layer.merged]
+        self._check_fold(names, finite, self._adapted_layers())
+
+    def _check_fold(self, names: list[str], finite: bool, layers: Iterable[AdaptedLayer]) -> None:
+        layers = [layer for layer in layers if not layer.merged]
         for layer in layers:
             layer.check_fold(names, finite)
         if any(layer.folds_into_quantised(names) for layer in layers):
@@ -239,19 +244,17 @@ def record_of_fold(
             shifts[name] = shift_before(layer.low_rank_map(adapter_names))
             record["shifts"][name] = len(shifts[name])
             continue
-        for path, projection in layer.projections.items():
-            folded = layer.fold_records.get(path)
-            had_bias = folded.had_bias if folded else projection.bias is not None
-            name = relative_name(model, join(layer.candidate.block, path))
-            if not had_bias and name not in record["biases"]:
-                record["biases"].append(name)
+        _record_biases(record, model, layer)
     return record, shifts
 
 
 def record_with_adapters(
     model: nn.Module, layers: Iterable[AdaptedLayer], adapter_name: str
 ) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
-    """The record of a merge that keeps the adapters for each prompt's own context, and these, by name of their MHA."""
+    """The record of a merge that keeps the adapters for each prompt's own context, and these, by name of their MHA.
+
+    Output adapters, which read no context, are folded.
+    """
     record: dict[str, Any] = {"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}}
     layers, kept = list(layers), {}
     attended = {layer.candidate: layer.attended for layer in layers if isinstance(layer, MHALayer)}
@@ -259,6 +262,9 @@ def record_with_adapters(
         _record_skipped(record, model, layer, adapter_name)
         adapter = layer.used_adapter(adapter_name)
         if adapter is None:
+            continue
+        if isinstance(layer, OutputLayer):
+            _record_biases(record, model, layer)
             continue
         candidate, row = layer.candidate, layer.candidate.architecture
         mha = relative_name(model, candidate.name)
@@ -284,6 +290,16 @@ def record_with_adapters(
             },
         }
     return record, kept
+
+
+def _record_biases(record: dict[str, Any], model: nn.Module, layer: AdaptedLayer) -> None:
+    """Enters the projections of `layer` into `record` that gain a bias by its fold."""
+    for path, projection in layer.projections.items():
+        folded = layer.fold_records.get(path)
+        had_bias = folded.had_bias if folded else projection.bias is not None
+        name = relative_name(model, join(layer.candidate.block, path))
+        if not had_bias and name not in record["biases"]:
+            record["biases"].append(name)
 
 
 def _record_skipped(record: dict[str, Any], model: nn.Module, layer: AdaptedLayer, adapter_name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from .config import EASConfig
 from .injection.checks import check_names
+from .layers import RoutedLayer
 from .merging import MergingTuner
 from .runtime.adapter import RoutedAdapter
 
@@ -77,7 +78,8 @@ class EASModel(MergingTuner):
             return
         if not is_resumed:
             self.sync_context()
-            used = [one for layer in self._adapted_layers() for one in layer.used_adapters([self._active_name])]
+            layers = [layer for layer in self._adapted_layers() if isinstance(layer, RoutedLayer)]
+            used = [one for layer in layers for one in layer.used_adapters([self._active_name])]
             recorded = [int(adapter.num_contexts) > 0 for adapter in used if adapter.needs_context]
             if not all(recorded):
                 warnings.warn(
@@ -126,8 +128,8 @@ class EASModel(MergingTuner):
         return [adapter for adapter in self._adapters_named(self._active_name) if adapter.needs_context]
 
     def _adapters_named(self, adapter_name: str) -> list[RoutedAdapter]:
-        """What makes up the adapter, whether it is of use with the present skip set or not."""
-        held = [layer.adapters for layer in self._adapted_layers()]
+        """What may read a context in the adapter, whether it is of use with the present skip set or not."""
+        held = [layer.adapters for layer in self._adapted_layers() if isinstance(layer, RoutedLayer)]
         return [adapters[adapter_name] for adapters in held if adapter_name in adapters]
 
     # --- skip set ----------------------------------------------------------------------------------------------------

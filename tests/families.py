@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_eas import EASConfig
+from peft_eas.architectures import find_mhas
 
 # Ids that stand for images and the like in some of the models.
 SPECIAL_TOKENS = [57, 58, 59, IMAGE_TOKEN]
@@ -451,10 +452,18 @@ def candidates(family: Family, on_request: bool) -> list[str]:
     return get_peft_model(family.build(), config).base_model.candidates
 
 
+@cache
+def output_r(family: Family, on_request: bool = False) -> int:
+    """A rank of output adapters, or 0 where the family has a mixture of experts among its targets."""
+    names = candidates(family, on_request)
+    return 4 * all(row.output_projection for mha, _, row in find_mhas(family.build()) if mha in names)
+
+
 def make(family: Family, skip: str | None, context: str = "running", on_request: bool = False, **options) -> PeftModel:
     """The family's model with adapters that are not the identity, and running contexts that have seen two batches."""
     names = candidates(family, on_request)
     defaults = {"r": 8, "attention_r": 4, "dropout": 0.0, "init_weights": False, "task_type": family.task_type}
+    defaults["output_r"] = output_r(family, on_request)
     torch.manual_seed(1)
     config = EASConfig(
         **{**defaults, **options},

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import difference
-from families import ARCHITECTURES, KEYS, SKIPS, SPECIAL_TOKENS, Family, candidates, labelled, make, output
+from families import ARCHITECTURES, KEYS, SKIPS, SPECIAL_TOKENS, Family, candidates, labelled, make, output, output_r
 from hub_metadata import metadata_problems
 from peft import PeftModel, get_peft_model
 from processes import run_alone
@@ -77,7 +77,9 @@ def test_finds_its_mhas_and_starts_as_the_base(name, on_request):
     expected = output(family.build(), inputs)
     base = family.build()
     names = candidates(family, on_request)
-    model = get_peft_model(base, EASConfig(num_skip=1, target_modules=names, r=8, attention_r=4)).eval()
+    rank = output_r(family, on_request)
+    config = EASConfig(num_skip=1, target_modules=names, r=8, attention_r=4, output_r=rank)
+    model = get_peft_model(base, config).eval()
     assert names
     if not on_request:
         assert len(names) == family.num_candidates
@@ -108,7 +110,8 @@ def test_a_new_adapter_is_the_base_without_the_skipped_mhas(name, on_request, sk
         bare.get_submodule(mha).register_forward_hook(nothing, with_kwargs=True)
     expected = output(bare, inputs)
 
-    config = EASConfig(skipped_modules=skipped, target_modules=names, r=8, attention_r=4)
+    rank = output_r(family, on_request)
+    config = EASConfig(skipped_modules=skipped, target_modules=names, r=8, attention_r=4, output_r=rank)
     model = get_peft_model(base, config).eval()
     unused = [leaf for mha in skipped for leaf in leaves(_base_mha(model, mha)) if not _is_norm(leaf)]
     assert difference(output(model, inputs), expected) <= 1e-5
@@ -293,7 +296,9 @@ def test_self_and_cross_attention_in_front_of_one_ffn_are_skipped_each_alone():
     names = [f"model.decoder.layers.0.{mha}" for mha in ("self_attn", "encoder_attn")]
     outputs = {}
     for skipped in ([], names[:1], names[1:], names):
-        config = EASConfig(skipped_modules=skipped, target_modules=names, r=8, init_weights=False, dropout=0.0)
+        config = EASConfig(
+            skipped_modules=skipped, target_modules=names, r=8, output_r=4, init_weights=False, dropout=0.0
+        )
         torch.manual_seed(1)
         model = get_peft_model(family.build(), config).eval()
         model.base_model.freeze_context()

@@ -22,9 +22,10 @@ ORDER = [
         "folding",
         "adapter_file",
         "config",
+        "evaluation",
         "layers",
     ),
-    *("injection", "reporting", "merging", "model", "search", "callback", "export"),
+    *("injection", "reporting", "merging", "model", "skippable", "search", "callback", "export"),
     *("card", "merged", "plots", "__init__", "cli", "__main__"),
 ]
 # Travels with a merged checkpoint to where nothing else is installed.

@@ -17,7 +17,7 @@ from peft_eas import EASCallback, EASSearch, Skippable
 from peft_eas.runtime.adapter import RoutedAdapter
 from peft_eas.search.check import NUM_BATCHES
 from peft_eas.search.schedule import SETTINGS
-from peft_eas.search.skippable import eas_of
+from peft_eas.skippable import eas_of
 
 STEPS = 20
 

@@ -25,7 +25,7 @@ from transformers import LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from examples.shared.measure import on_device
-from peft_eas.search.evaluation import evaluation_mode
+from peft_eas.evaluation import evaluation_mode
 
 Kind = Literal["what", "yes/no"]
 Split = Literal["train", "test"]

@@ -39,7 +39,7 @@ from examples.meter.modeling_meter import (
 from examples.meter.wordings import DESCRIPTIONS, STATEMENTS
 from examples.shared.measure import on_device
 from examples.shared.task import Task
-from peft_eas.search.evaluation import evaluation_mode
+from peft_eas.evaluation import evaluation_mode
 
 BASE = Path(__file__).parent / "base"
 Part = Literal["train", "reward", "test"]

@@ -19,7 +19,7 @@ from examples.search_quality.minilm import Queries, load_base, load_queries
 from examples.shared.json_lines import append_line, read_lines
 from examples.shared.task import Task, tune
 from peft_eas import EASCallback, EASConfig
-from peft_eas.search.evaluation import evaluation_mode
+from peft_eas.evaluation import evaluation_mode
 from peft_eas.strategies import STRATEGIES
 
 NUM_SKIP = 3

@@ -9,6 +9,7 @@ LLAMA = Architecture(
     mha_projections=named("self_attn", "q_proj k_proj v_proj"),
     ffn="mlp",
     ffn_projections=named("mlp", "gate_proj up_proj"),
+    output_projection="mlp.down_proj",
     input_norm="input_layernorm",
     branch=("post_attention_layernorm", "mlp"),
 )
@@ -17,11 +18,14 @@ _GEMMA2 = replace(
     output_norm="post_attention_layernorm",
     branch=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
 )
-_MIXTURE = replace(LLAMA, ffn_projections=named("mlp", "gate experts.gate_up_proj"), experts=True)
+_MIXTURE = replace(
+    LLAMA, ffn_projections=named("mlp", "gate experts.gate_up_proj"), output_projection=None, experts=True
+)
 _LLAMA4 = replace(
     LLAMA,
     ffn="feed_forward",
     ffn_projections=named("feed_forward", "gate_proj up_proj"),
+    output_projection="feed_forward.down_proj",
     branch=("post_attention_layernorm", "feed_forward"),
 )
 _DEEPSEEK_MIXTURE = named("mlp", "gate experts.gate_up_proj shared_experts.gate_proj shared_experts.up_proj")
@@ -36,6 +40,7 @@ _GPT_NEOX = Architecture(
     mha_projections=("attention.query_key_value",),
     ffn="mlp",
     ffn_projections=("mlp.dense_h_to_4h",),
+    output_projection="mlp.dense_4h_to_h",
     input_norm="input_layernorm",
 )
 _FALCON = replace(
@@ -48,6 +53,7 @@ OPT = Architecture(
     mha_projections=LLAMA.mha_projections,
     ffn="fc1",
     ffn_projections=("fc1",),
+    output_projection="fc2",
     input_norm="self_attn_layer_norm",
     where={"do_layer_norm_before": True},
 )
@@ -66,7 +72,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "Phi3DecoderLayer": replace(
         LLAMA, mha_projections=("self_attn.qkv_proj",), ffn_projections=("mlp.gate_up_proj",), branch=None
     ),
-    "Starcoder2DecoderLayer": replace(LLAMA, ffn_projections=("mlp.c_fc",)),
+    "Starcoder2DecoderLayer": replace(LLAMA, ffn_projections=("mlp.c_fc",), output_projection="mlp.c_proj"),
     "MixtralDecoderLayer": _MIXTURE,
     "Qwen3MoeDecoderLayer": (LLAMA, _MIXTURE),
     "Llama4TextDecoderLayer": (
@@ -76,6 +82,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
             ffn_projections=named(
                 "feed_forward", "router experts.gate_up_proj shared_expert.gate_proj shared_expert.up_proj"
             ),
+            output_projection=None,
             branch=None,
             experts=True,
             transposed=("feed_forward.experts.gate_up_proj",),
@@ -87,6 +94,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
         mha_projections=("attn.c_attn",),
         ffn="mlp",
         ffn_projections=("mlp.c_fc",),
+        output_projection="mlp.c_proj",
         input_norm="ln_1",
         branch=("ln_2", "mlp"),
     ),

@@ -11,6 +11,7 @@ _BART_CROSS = Architecture(
     mha_projections=("encoder_attn.q_proj",),
     ffn="fc1",
     ffn_projections=("fc1",),
+    output_projection="fc2",
     attends=("key_value_states", "attention_mask"),
 )
 _BART_DECODER = replace(OPT, input_norm=None, where={})
@@ -30,6 +31,7 @@ def _t5_rows() -> Iterator[Architecture]:
                 mha_projections=named("layer.0.SelfAttention", "q k v"),
                 ffn=ffn,
                 ffn_projections=named(ffn, inner),
+                output_projection=f"{ffn}.wo",
                 input_norm="layer.0.layer_norm",
                 kind=kind,
                 attends=attends,

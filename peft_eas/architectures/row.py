@@ -40,6 +40,8 @@ class Architecture:
         transposed: those of `ffn_projections` that store (…, width, outputs).
         where: attributes of the block, by their path, and the values they must have for the row to apply; None for an
             attribute that the block must not have.
+        output_projection: the projection that writes the FFN's output, beside which the output adapter stands; None
+            where there are several, as in a mixture of experts, or where no output adapter is wanted.
     """
 
     mha: str
@@ -58,6 +60,7 @@ class Architecture:
     experts: bool = False
     transposed: tuple[str, ...] = ()
     where: dict[str, Any] = field(default_factory=dict)
+    output_projection: str | None = None
 
     def __post_init__(self) -> None:
         if self.branch is not None and self.ffn not in self.branch:
@@ -85,7 +88,7 @@ class Architecture:
     def paths(self) -> tuple[str, ...]:
         """Every path that a block of this row has."""
         given = (self.mha, *self.mha_projections, self.ffn, *self.ffn_projections, *self.deleted_norms)
-        return given + tuple(path for path in (self.kept_norm, self.core) if path is not None)
+        return given + tuple(path for path in (self.output_projection, self.kept_norm, self.core) if path is not None)
 
     @property
     def is_cross(self) -> bool:

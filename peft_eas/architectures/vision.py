@@ -11,6 +11,7 @@ _VIT = Architecture(
     mha_projections=named("attention", "q_proj k_proj v_proj"),
     ffn="mlp",
     ffn_projections=("mlp.fc1",),
+    output_projection="mlp.fc2",
     input_norm="layernorm_before",
     branch=("layernorm_after", "mlp", "dropout"),
     kind="vision",
@@ -21,6 +22,7 @@ _SIGLIP = Architecture(
     mha_projections=LLAMA.mha_projections,
     ffn="mlp",
     ffn_projections=("mlp.fc1",),
+    output_projection="mlp.fc2",
     input_norm="layer_norm1",
     branch=("layer_norm2", "mlp"),
     kind="vision",
@@ -39,6 +41,7 @@ _PACKED_VISION = Architecture(
     mha_projections=("attn.qkv",),
     ffn="mlp",
     ffn_projections=("mlp.fc1",),
+    output_projection="mlp.fc2",
     input_norm="norm1",
     branch=("norm2", "mlp"),
     kind="vision",
@@ -50,13 +53,13 @@ _PACKED_VISION = Architecture(
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "ViTLayer": _VIT,
     "Dinov2Layer": tuple(
-        replace(_DINOV2, **attention, ffn_projections=ffn)
+        replace(_DINOV2, **attention, ffn_projections=(f"mlp.{first}",), output_projection=f"mlp.{last}")
         for attention in (
             {},
             # before transformers 5.17
             {"mha_projections": named("attention.attention", "query key value"), "returns": None},
         )
-        for ffn in (("mlp.fc1",), ("mlp.weights_in",))
+        for first, last in (("fc1", "fc2"), ("weights_in", "weights_out"))
     ),
     "CLIPEncoderLayer": _TWO_TOWERS,
     "SiglipEncoderLayer": _TWO_TOWERS,
@@ -64,12 +67,15 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "SmolVLMEncoderLayer": _SIGLIP,
     "InternVLVisionLayer": replace(_VIT, branch=None),
     "Qwen2VLVisionBlock": _PACKED_VISION,
-    "Qwen2_5_VLVisionBlock": replace(_PACKED_VISION, ffn_projections=named("mlp", "gate_proj up_proj")),
+    "Qwen2_5_VLVisionBlock": replace(
+        _PACKED_VISION, ffn_projections=named("mlp", "gate_proj up_proj"), output_projection="mlp.down_proj"
+    ),
     "ViltLayer": Architecture(
         mha="attention",
         mha_projections=named("attention.attention", "query key value"),
         ffn="intermediate",
         ffn_projections=("intermediate.dense",),
+        output_projection="output.dense",
         input_norm="layernorm_before",
         kind="encoder",
         attends=OWN_TOKENS,

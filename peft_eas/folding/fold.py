@@ -35,7 +35,11 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class LowRankMap:
-    """The map z → z + left (right z) + shift, in float32. Shapes: left (d, r), right (r, d), shift (d,)."""
+    """The map z → z + left (right z) + shift, in float32. Shapes: left (d, r), right (r, d), shift (d,).
+
+    Beside a projection, left (right h) + shift is what is added to its output. Shapes: left (d_out, r),
+    right (r, d_in), shift (d_out,).
+    """
 
     left: torch.Tensor
     right: torch.Tensor
@@ -77,11 +81,11 @@ class FoldRecord:
     original: Original | None = None
 
 
-def _exact(function: Callable[P, T]) -> Callable[P, T]:
+def exact(function: Callable[P, T]) -> Callable[P, T]:
     """`function` without gradients, and without autocast, which would round its products."""
 
     @functools.wraps(function)
-    def exact(*args: P.args, **kwargs: P.kwargs) -> T:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         kinds = {"cpu"} | (
             {torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else set()
         )
@@ -90,10 +94,10 @@ def _exact(function: Callable[P, T]) -> Callable[P, T]:
                 stack.enter_context(context)
             return function(*args, **kwargs)
 
-    return exact
+    return wrapped
 
 
-@_exact
+@exact
 def low_rank_map(adapter: RoutedAdapter, context: torch.Tensor | None) -> LowRankMap:
     """The affine map that `adapter` is in evaluation mode when its context is fixed to `context`, shape (d,).
 
@@ -109,6 +113,12 @@ def added(maps: list[LowRankMap]) -> LowRankMap | None:
         return maps[0] if maps else None
     left, right = torch.cat([one.left for one in maps], dim=1), torch.cat([one.right for one in maps])
     return LowRankMap(left, right, torch.stack([one.shift for one in maps]).sum(0))
+
+
+def features(projection: nn.Module) -> tuple[int, int]:
+    """Widths of what a projection, `nn.Linear` or `Conv1D`, reads and writes."""
+    is_conv1d = isinstance(projection, Conv1D)
+    return (projection.nx, projection.nf) if is_conv1d else (projection.in_features, projection.out_features)
 
 
 def check_projection(projection: Projection, name: str, with_bias: bool = True) -> None:
@@ -136,10 +146,14 @@ def check_projection(projection: Projection, name: str, with_bias: bool = True) 
         )
 
 
-@_exact
-def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> FoldRecord:
+@exact
+def fold(
+    projection: Projection, update: LowRankMap, with_bias: bool = True, stands_beside: bool = False
+) -> FoldRecord:
     """Folds `update` into `projection` in place, creates its bias where it has none, and returns what was added.
 
+    It stands in front of the projection; or, with `stands_beside`, beside it: left (right h) + shift is then added to
+    what the projection makes of h, so that W' = W + left right and b' = b + shift.
     Where the projection cannot have a bias (`with_bias=False`), the vector of `shift_before` belongs in front of it.
     A quantised weight is a dense float32 one meanwhile, and then quantised anew. Use `fold_is_finite` first where a
     NaN must not reach the weights.
@@ -153,7 +167,7 @@ def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> 
         bias = columns.new_empty(weight.shape[0])
         for rows in _row_blocks(weight):  # each is read from memory once
             # The bias takes the ORIGINAL weight, hence before the weight changes.
-            product = weight[rows].float() @ columns
+            product = columns[rows] if stands_beside else weight[rows].float() @ columns
             thin[rows], bias[rows] = product[:, :-1], product[:, -1]
             _add_product(weight[rows], thin[rows], update.right)
         thins.append(thin)
@@ -170,7 +184,7 @@ def fold(projection: Projection, update: LowRankMap, with_bias: bool = True) -> 
     return FoldRecord(tuple(thins), update.right, bias, had_bias, original)
 
 
-@_exact
+@exact
 def shift_before(update: LowRankMap) -> torch.Tensor:
     """The vector t' in front of projections that `update` is folded into without a bias; in float32, shape (d,).
 
@@ -193,7 +207,7 @@ def shift_before(update: LowRankMap) -> torch.Tensor:
     return before.float()
 
 
-@_exact
+@exact
 def unfold(projection: Projection, record: FoldRecord) -> None:
     """Takes one fold out of `projection` again, to the rounding of the weight's dtype; exactly if it is quantised."""
     if record.original is not None:
@@ -210,18 +224,20 @@ def unfold(projection: Projection, record: FoldRecord) -> None:
         projection.bias = None
 
 
-@_exact
-def fold_is_finite(projection: Projection, update: LowRankMap) -> bool:
+@exact
+def fold_is_finite(projection: Projection, update: LowRankMap, stands_beside: bool = False) -> bool:
     """Whether folding `update` would leave a weight and a bias without NaN and infinity. Changes nothing."""
     dtype = value_dtype(projection) if is_quantised(projection) else projection.weight.dtype
     update = update.to(projection.weight.device)
+    columns = torch.cat([update.left, update.shift[:, None]], dim=1)
     for weight in _out_by_in(projection):
         bias = getattr(projection, "bias", None)
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         for rows in _row_blocks(weight):
             block = weight[rows].float()
-            folded = block.addmm(block @ update.left, update.right)
-            folded_bias = bias[rows].float() + block @ update.shift
+            product = columns[rows] if stands_beside else block @ columns
+            folded = block.addmm(product[:, :-1], update.right)
+            folded_bias = bias[rows].float() + product[:, -1]
             if not all(bool(torch.isfinite(t.to(dtype)).all()) for t in (folded, folded_bias)):
                 return False
     return True

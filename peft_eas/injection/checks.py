@@ -116,8 +116,8 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
 
     Raises:
         ValueError: if the adapter was made for another shape or is for a task that the model is not for, if `groups`
-            does not divide a width, if the model computes its FFN in chunks, or if it was merged already and has kept
-            its adapters.
+            does not divide a width, if an output adapter has no place, if the model computes its FFN in chunks, or if
+            it was merged already and has kept its adapters.
     """
     if any(f"{ADAPTER_NAME}_" in name for name, _ in model.named_modules()):
         raise ValueError(
@@ -145,6 +145,14 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
                 f"does not, and its MHAs are of the kind {', '.join(sorted(kinds))}. Choose another task_type, such "
                 "as 'SEQ_CLS' or 'FEATURE_EXTRACTION', or leave it out."
             )
+    without = next((name for name, (_, row) in targets.items() if row.output_projection is None), None)
+    if config.output_r and without is not None:
+        raise ValueError(
+            f"output_r={config.output_r} asks for an adapter beside the projection that writes the output of the FFN "
+            f"behind {without}, but the table of architectures names none there; a mixture of experts has several. "
+            "Use output_r=0, leave such MHAs out with exclude_modules, or, in the row of a model of your own, name "
+            "output_projection."
+        )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
     if chunk_size:
         raise ValueError(

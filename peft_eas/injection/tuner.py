@@ -8,15 +8,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..architectures import join, rows_of
+from ..architectures import at_path, join, rows_of
 from ..config import EASConfig
-from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer
+from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer, OutputLayer
 from ..runtime.prompt_hook import PromptHook
 from ..runtime.skipped import slot_of
 from .checks import check_base, check_other_methods, check_skip_fields, check_state_dict, warn_of_untrained_head
 from .targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
 from .trained_tokens import check_trained_tokens, complete_wrappers, copy_tokens
 
+# Between the names of a wrapper and of what it wraps.
+_INSIDE = ".base_layer"
 # Tasks whose labels are not tokens of the input, so that they do not tell prompt from answer.
 _TASKS_WITHOUT_ANSWER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -152,12 +154,15 @@ class InjectingTuner(BaseTuner):
         for other in self._candidates.values():  # of one FFN's wrappers none is left out, so that weights keep names
             if other.block == candidate.block and other.architecture.ffn == row.ffn:
                 wrappers.append((other, row.ffn, FFNLayer))
+                if peft_config.output_r:
+                    wrappers.append((other, row.output_projection, OutputLayer))
         for owner, path, wrapper in wrappers:
-            layer = _wrapper_of(owner, block.get_submodule(path))
+            parent, child = _place(block, path)
+            layer = _wrapper_of(owner, getattr(parent, child))
             if layer is None:
-                layer = wrapper(block.get_submodule(path), owner)
+                layer = wrapper(getattr(parent, child), owner)
                 layer.set_adapter(self.active_adapters)
-                block.set_submodule(path, layer)
+                setattr(parent, child, layer)
             if isinstance(layer, AdaptedLayer) and owner is candidate:
                 layer.add_adapter(adapter_name, peft_config, width)
 
@@ -212,10 +217,29 @@ class InjectingTuner(BaseTuner):
 
 
 def _mha_of(path: str, mhas: Targets) -> str:
-    """The MHA that weights at `path` belong to, if that is an FFN: each of its wrappers stands for one MHA."""
-    ffn, *inside = path.split(".base_layer")
-    behind = [mha for mha, (block, row) in mhas.items() if join(block, row.ffn) == ffn]
-    return behind[-1 - len(inside)] if len(inside) < len(behind) else path
+    """The MHA that weights at `path` belong to, if that is an FFN or its output projection.
+
+    Each wrapper of these stands for one MHA.
+    """
+    module, depth = path, 0
+    while module.endswith(_INSIDE):
+        module, depth = module.removesuffix(_INSIDE), depth + 1
+    module = module.replace(_INSIDE, "")  # of the FFN around its output projection
+    behind = [
+        mha
+        for mha, (block, row) in mhas.items()
+        if module in [join(block, part) for part in (row.ffn, row.output_projection) if part is not None]
+    ]
+    return behind[-1 - depth] if depth < len(behind) else path
+
+
+def _place(block: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module of the base that has what is at `path` as a child, and the child's name."""
+    parent_path, _, child = path.rpartition(".")
+    parent = at_path(block, parent_path)
+    while isinstance(parent, EASLayer):
+        parent = parent.base_layer
+    return parent, child
 
 
 def _wrapper_of(candidate: Candidate, layer: nn.Module) -> EASLayer | None:

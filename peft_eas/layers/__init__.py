@@ -1,7 +1,8 @@
 """The wrappers that take a block's MHA, its norm and its FFN in hand.
 
-A candidate MHA has three kinds of wrappers: `MHALayer` around the attention, which computes it or leaves it out;
-`NormLayer` around a norm that only serves it; `FFNLayer` around the FFN, in front of which the PIA stands. What they
+A candidate MHA has four kinds of wrappers: `MHALayer` around the attention, which computes it or leaves it out;
+`NormLayer` around a norm that only serves it; `FFNLayer` around the FFN, in front of which the PIA stands; and
+`OutputLayer` around the projection that writes the FFN's output, beside which the output adapter stands. What they
 must agree on, above all which adapters skip the MHA, they share through one `Candidate`.
 """
 
@@ -10,5 +11,17 @@ from .base import EASLayer, NormLayer
 from .candidate import Candidate
 from .ffn import FFNLayer
 from .mha import MHALayer
+from .output import OutputAdapter, OutputLayer
+from .routed import RoutedLayer
 
-__all__ = ["AdaptedLayer", "Candidate", "EASLayer", "FFNLayer", "MHALayer", "NormLayer"]
+__all__ = [
+    "AdaptedLayer",
+    "Candidate",
+    "EASLayer",
+    "FFNLayer",
+    "MHALayer",
+    "NormLayer",
+    "OutputAdapter",
+    "OutputLayer",
+    "RoutedLayer",
+]

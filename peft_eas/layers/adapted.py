@@ -1,40 +1,40 @@
-"""What the wrappers around an MHA and an FFN have in common: adapters, their context, and their fold."""
+"""What the wrappers have in common that hold adapters: which is in use, and its fold."""
 
+from abc import abstractmethod
 from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from ..architectures import at_path
 from ..config import EASConfig
 from ..folding.fold import (
     ExpertWeights,
     FoldRecord,
     LowRankMap,
-    added,
     check_projection,
     fold,
     fold_is_finite,
-    low_rank_map,
     shift_before,
     unfold,
 )
 from ..folding.offloaded import execution_device, fetched, offload_hook
 from ..folding.quantised import is_floating, is_quantised
-from ..runtime.adapter import InputAdapter, RoutedAdapter
-from ..runtime.context_cache import read_context, write_context
-from ..runtime.forward import Call
 from .base import EASLayer
 from .candidate import Candidate
 
 
 class AdaptedLayer(EASLayer):
-    """A wrapper that holds an adapter in front of the projections of what it wraps."""
+    """A wrapper that holds an adapter in front of the projections of what it wraps, or beside what it wraps."""
 
-    adapter_class: ClassVar[type[RoutedAdapter]]
-    # Whether the adapter is in use where the MHA is skipped (PIA) or where it is kept.
-    stands_for_skipped: ClassVar[bool]
+    # Whether the adapter is in use where the MHA is skipped (PIA, the output adapter) or where it is kept.
+    stands_for_skipped: ClassVar[bool] = True
+    # Whether the adapter stands beside the projection that is wrapped, and adds to its output.
+    stands_beside: ClassVar[bool] = False
+    # Whether the next forward pass takes this layer's context from the prompt.
+    needs_prompt: bool = False
+    # Whether the projections have no bias, so that `fold_shift` takes its place.
+    has_experts: bool = False
 
     def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
         super().__init__(base_layer, candidate)
@@ -52,39 +52,23 @@ class AdaptedLayer(EASLayer):
         return self.base_layer.wrapped if isinstance(self.base_layer, AdaptedLayer) else self.base_layer
 
     @property
+    @abstractmethod
     def projections(self) -> dict[str, nn.Module | ExpertWeights]:
-        """By name within the block, the projections that read what the adapter returns."""
-        row = self.candidate.architecture
-        root, names = (row.ffn, row.ffn_projections) if self.stands_for_skipped else (row.mha, row.mha_projections)
-        found = {name: at_path(self.wrapped, name.removeprefix(root).removeprefix(".")) for name in names}
-        return {
-            name: ExpertWeights(module, name in row.transposed) if isinstance(module, nn.Parameter) else module
-            for name, module in found.items()
-        }
+        """By name within the block, the projections that the adapter is folded into."""
 
-    @property
-    def has_experts(self) -> bool:
-        """Whether the projections have no bias, so that `fold_shift` takes its place."""
-        return self.stands_for_skipped and self.candidate.architecture.experts
+    @abstractmethod
+    def rank(self, config: EASConfig) -> int:
+        """The rank that `config` gives the adapter here; 0 for none."""
+
+    @abstractmethod
+    def new_adapter(self, config: EASConfig, width: int) -> nn.Module:
+        """An adapter by `config`, for a model of width `width`."""
 
     def add_adapter(self, adapter_name: str, config: EASConfig, width: int) -> None:
         """Creates the adapter `adapter_name` for a model of width `width` if `config` can ever use it here."""
-        if not self._has_use(adapter_name, config):
-            return
-        adapter_class = InputAdapter if config.context == "none" else self.adapter_class
-        self.adapters[adapter_name] = adapter_class(
-            width,
-            config.r if self.stands_for_skipped else config.attention_r,
-            groups=config.groups,
-            scale=config.scale,
-            router_temperature=config.router_temperature,
-            dropout=config.dropout,
-            init_weights=config.init_weights,
-            paths=config.paths,
-        )
-        if config.context == "running":
-            self.adapters[adapter_name].freeze_context()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if self._has_use(adapter_name, config):
+            self.adapters[adapter_name] = self.new_adapter(config, width)
+            self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _has_use(self, adapter_name: str, config: EASConfig) -> bool:
         if not self.could_use(adapter_name):
@@ -96,98 +80,45 @@ class AdaptedLayer(EASLayer):
     def lacks_adapter(self, adapter_name: str, skip: bool) -> bool:
         """Whether an adapter would be missing here if the MHA were skipped (`skip`) or kept."""
         config = self.candidate.configs.get(adapter_name)
-        needed = config is not None and skip == self.stands_for_skipped and (skip or config.attention_r > 0)
+        needed = config is not None and skip == self.stands_for_skipped and self.rank(config) > 0
         return needed and adapter_name not in self.adapters
 
     def could_use(self, adapter_name: str) -> bool:
         """Whether some skip set gives the adapter `adapter_name` a use here."""
-        if self.stands_for_skipped:
-            return adapter_name not in self.candidate.kept_by
-        return self.candidate.configs[adapter_name].attention_r > 0
+        is_open = not self.stands_for_skipped or adapter_name not in self.candidate.kept_by
+        return is_open and self.rank(self.candidate.configs[adapter_name]) > 0
 
     def drop_unused_adapter(self, adapter_name: str) -> None:
         """Deletes the adapter `adapter_name` if the MHA, as it is skipped or kept now, has no use for it."""
         if adapter_name in self.adapters and self.used_adapter(adapter_name) is None:
             del self.adapters[adapter_name]
 
-    def used_adapter(self, adapter_name: str | None) -> RoutedAdapter | None:
+    def used_adapter(self, adapter_name: str | None) -> nn.Module | None:
         """The adapter `adapter_name` if the MHA, as it is skipped or kept now, has a use for it; else None."""
         is_skipped = self.candidate.is_skipped_by(adapter_name)
         if is_skipped != self.stands_for_skipped or adapter_name not in self.adapters:
             return None
         return self.adapters[adapter_name]
 
-    @property
-    def needs_prompt(self) -> bool:
-        """Whether the next forward pass takes this layer's context from the prompt."""
-        return not self.merged and self.uses_prompt(self.adapter_in_force)
-
-    def uses_prompt(self, adapter_name: str | None) -> bool:
-        """Whether the adapter is of use here and takes its context from the prompt."""
-        return self.used_adapter(adapter_name) is not None and self._takes_prompt(adapter_name)
-
-    def _takes_prompt(self, adapter_name: str) -> bool:
-        config = self.candidate.configs[adapter_name]
-        # A kept MHA's adapter without a router reads no context.
-        return config.context == "prompt" and (self.candidate.is_skipped_by(adapter_name) or config.paths > 1)
-
-    def _adapter_to_apply(self) -> RoutedAdapter | None:
+    def _adapter_to_apply(self) -> nn.Module | None:
         if self.disable_adapters and self.merged:
             self.unmerge()
         return None if self.merged else self.used_adapter(self.adapter_in_force)
 
-    def _context(self, adapter: RoutedAdapter, z: torch.Tensor, call: Call, seen: int) -> torch.Tensor | None:
-        """The context for z, (B, T, d), of which the cache has seen `seen` tokens before: (B, d), or (1, d).
-
-        None for an adapter that needs none.
-        """
-        name, candidate = self.adapter_in_force, self.candidate
-        if not adapter.needs_context:
-            return None
-        if not self._takes_prompt(name):
-            self._check_recorded(name)
-            return adapter.running_context.detach()[None]
-        if seen > 0:
-            context = read_context(call.cache, candidate.layer_idx, (name, self.stands_for_skipped))
-            if context is None:
-                raise ValueError(
-                    f"The KV cache holds {seen} tokens, but no context of the EAS adapter {name!r} for "
-                    f"{candidate.name}: it was filled with other adapters or another skip set. Start with a new "
-                    "cache after changing them, or use context='running'."
-                )
-            return context
-        context = call.context(z, candidate.context_tokens)
-        if self.training and call.prompt is not None and id(adapter) not in call.prompt.recorded:
-            adapter.record(context.detach())
-            call.prompt.recorded.add(id(adapter))
-        return adapter.annealed(context)
-
-    def _check_recorded(self, name: str) -> None:
-        """Raises a ValueError where the running mean of the adapter `name` was recorded, but is not there."""
-        adapter, config = self.used_adapter(name), self.candidate.configs[name]
-        if config.context != "running" or not config.context_recorded or torch.compiler.is_compiling():
-            return
-        if adapter.needs_context and adapter.has_lost_context():
-            raise ValueError(
-                f"The running mean of the EAS adapter {name!r} for {self.candidate.name} is zero, but its config says "
-                "that one was recorded (context_recorded=True): the weights were copied or loaded without "
-                "running_context, or the skip set has changed since. Copy all of named_parameters(), or load the "
-                "whole state dict; to train a new adapter by this config, set context='prompt'."
-            )
-
-    def _keep_context(self, context: torch.Tensor | None, call: Call) -> None:
-        name = self.adapter_in_force
-        if self.candidate.layer_idx is not None and self._takes_prompt(name):
-            write_context(call.cache, self.candidate.layer_idx, (name, self.stands_for_skipped), context)
-
-    def used_adapters(self, adapter_names: list[str]) -> list[RoutedAdapter]:
+    def used_adapters(self, adapter_names: list[str]) -> list[nn.Module]:
         """Those of the adapters `adapter_names` that the MHA, as it is skipped or kept now, has a use for."""
         return [adapter for name in adapter_names if (adapter := self.used_adapter(name)) is not None]
 
+    @abstractmethod
     def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
-        """What the adapters `adapter_names` are together with their running contexts, or None without a use here."""
-        adapters = self.used_adapters(adapter_names)
-        return added([low_rank_map(adapter, adapter.running_context) for adapter in adapters])
+        """What the adapters `adapter_names` are together, as it is folded, or None without a use here."""
+
+    def uses_prompt(self, adapter_name: str | None) -> bool:
+        """Whether the adapter is of use here and takes its context from the prompt."""
+        return False
+
+    def _check_recorded(self, name: str) -> None:
+        """Raises a ValueError where the running mean of the adapter `name` was recorded, but is not there."""
 
     def check_fold(self, adapter_names: list[str], finite: bool) -> None:
         """Raises if the adapters `adapter_names` cannot be folded, or with `finite` if they would leave a NaN.
@@ -212,7 +143,7 @@ class AdaptedLayer(EASLayer):
                     "device_map that offloads nothing, such as 'cpu', and the adapter on it, and merge there."
                 )
             with fetched(projection, to_change=False) if finite else nullcontext():
-                is_finite = not finite or fold_is_finite(projection, update)
+                is_finite = not finite or fold_is_finite(projection, update, self.stands_beside)
             if not is_finite:
                 raise ValueError(  # begins as PEFT's own
                     f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be "
@@ -237,7 +168,7 @@ class AdaptedLayer(EASLayer):
             has_bias = not self.has_experts
             for path, projection in self.projections.items():
                 with fetched(projection):
-                    self.fold_records[path] = fold(projection, update, has_bias)
+                    self.fold_records[path] = fold(projection, update, has_bias, self.stands_beside)
             self.fold_shift = None if has_bias else shift_before(update)
         self.merged_adapters.extend(names)
 

@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import EASConfig
 from ..runtime.adapter import PropagationAdapter
 from ..runtime.context_cache import cached_length
-from .adapted import AdaptedLayer
 from .candidate import Candidate
+from .output import OutputLayer
+from .routed import RoutedLayer
 
 
-class FFNLayer(AdaptedLayer):
+class FFNLayer(RoutedLayer):
     """Around an FFN: puts the PIA in front of it where the block's MHA is skipped.
 
     If several MHAs stand in front of one FFN, it has a wrapper for each, nested: the first MHA's is the innermost.
@@ -19,11 +21,30 @@ class FFNLayer(AdaptedLayer):
 
     adapter_layer_names = ("eas_pia",)
     adapter_class = PropagationAdapter
-    stands_for_skipped = True
 
     def __init__(self, base_layer: nn.Module, candidate: Candidate) -> None:
         super().__init__(base_layer, candidate)
         self.eas_pia = nn.ModuleDict()
+
+    @property
+    def has_experts(self) -> bool:
+        """As above."""
+        return self.candidate.architecture.experts
+
+    def rank(self, config: EASConfig) -> int:
+        """As above."""
+        return config.r
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """As above; with the wrappers inside the FFN, which PEFT does not find once this one is gone."""
+        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        for name, inside in list(module.named_modules()):
+            if isinstance(inside, OutputLayer) and not name.endswith(".base_layer"):
+                own = inside.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                module.set_submodule(name, own)
+        return module
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the FFN does."""

@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from ..architectures import at_path
+from ..config import EASConfig
 from ..runtime.adapter import InputAdapter
 from ..runtime.context_cache import cached_length
 from ..runtime.forward import Attended, Call, replace_hidden_states
 from ..runtime.prompt import PROMPT_KEY
 from ..runtime.skipped import advance_cache, fill_cross_slot, skipped_return, slot_of
-from .adapted import AdaptedLayer
 from .candidate import Candidate
+from .routed import RoutedLayer
 
 
-class MHALayer(AdaptedLayer):
+class MHALayer(RoutedLayer):
     """Around an MHA: leaves it out where it is skipped, and adapts its input where it is kept."""
 
     adapter_layer_names = ("eas_input",)
@@ -29,6 +30,10 @@ class MHALayer(AdaptedLayer):
         names = candidate.architecture.attends
         self.attended = None if names is None else Attended.of(base_layer, names)
         self.cross_slot = slot_of(base_layer) if candidate.layer_idx is None else None
+
+    def rank(self, config: EASConfig) -> int:
+        """As above."""
+        return config.attention_r
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the MHA does; a skipped one returns zeros and no attention weights."""

@@ -203,7 +203,8 @@ def _ranks(facts: dict[str, Any]) -> str:
     if "r" not in facts:
         return ""
     kept = f"{facts['attention_r']} for a kept one" if facts["attention_r"] else "no adapter for a kept one"
-    return f"{facts['r']} for a skipped attention, {kept}"
+    beside = f" and {facts['output_r']} beside its FFN's output" if facts.get("output_r") else ""
+    return f"{facts['r']} for a skipped attention{beside}, {kept}"
 
 
 def _kept(facts: dict[str, Any]) -> str:

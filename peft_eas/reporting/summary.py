@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Architecture, at_path, find_mhas, join
+from ..folding.fold import features
 from ..injection.checks import first_layer_note
 from ..injection.targets import block_width, matches
-from ..layers import AdaptedLayer, FFNLayer, MHALayer
+from ..layers import AdaptedLayer, FFNLayer, MHALayer, OutputLayer
 from ..runtime.record import relative_name
 from ..runtime.skipped import SkippedMHA
 from ..values import is_int
@@ -89,7 +90,8 @@ class _MHA:
         self.ffn_name = join(block_name, row.ffn)
         # A wrapper lets the attributes of what it wraps shine through.
         self.mha, self.ffn = at_path(block, row.mha), at_path(block, row.ffn)
-        self.parameters = self.deleted_parameters = self.product_flops = self.flops = self.biases = self.ffn_biases = 0
+        self.parameters = self.deleted_parameters = self.product_flops = self.flops = 0
+        self.biases = self.ffn_biases = self.output_biases = 0
         self.is_deleted = isinstance(getattr(self.mha, "base_layer", self.mha), SkippedMHA)
         if self.is_deleted:
             return
@@ -98,6 +100,8 @@ class _MHA:
         # Experts have no biases; one vector in front of them takes their place.
         ffn_inputs = () if row.experts else (at_path(block, path) for path in row.ffn_projections)
         self.ffn_biases = block_width(model, block_name, row) if row.experts else _missing_biases(ffn_inputs, added)
+        if row.output_projection is not None:
+            self.output_biases = _missing_biases([at_path(block, row.output_projection)], added)
         kept = size_of(at_path(block, row.kept_norm), added) if row.kept_norm else 0
         self.parameters = size_of(self.mha, added) - kept
         norms = (at_path(block, path) for path in row.deleted_norms)
@@ -108,7 +112,7 @@ class _MHA:
     def _product_flops(self, inputs: list[nn.Module]) -> int:
         # The output projection reads all heads; the queries' may be one with keys and values.
         others = [m for m in self.mha.modules() if _is_linear(m) and all(m is not one for one in inputs)]
-        width = _features(others[-1])[0] if others else _features(inputs[0])[1]
+        width = features(others[-1])[0] if others else features(inputs[0])[1]
         window = getattr(self.mha, "sliding_window", at_path(self.mha, "config.sliding_window"))
         return 4 * width * min(self.context_length, window or self.context_length)
 
@@ -143,14 +147,15 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
             is_skipped = adapter_name in mha.candidate.skipped_by
             is_never_skipped = adapter_name in mha.candidate.kept_by
             state = "skipped" if is_skipped else "never skipped" if is_never_skipped else "kept"
-            adapter = (layers[FFNLayer, part.name] if is_skipped else mha).used_adapter(adapter_name)
+            own = (FFNLayer, OutputLayer) if is_skipped else (MHALayer,)
+            own = [layers[kind, part.name] for kind in own if (kind, part.name) in layers]
+            adapters = [adapter for layer in own if (adapter := layer.used_adapter(adapter_name)) is not None]
+            biases = part.biases
             if is_skipped:
                 biases = 0 if part.ffn_name in ffns_with_biases else part.ffn_biases
+                biases += part.output_biases if biases and len(adapters) > 1 else 0
                 ffns_with_biases.add(part.ffn_name)
-            else:
-                biases = part.biases
-            left = (0, 0) if adapter is None else (size_of(adapter), biases)
-            rows.append(part.summarized(state, score, *left))
+            rows.append(part.summarized(state, score, sum(map(size_of, adapters)), biases if adapters else 0))
     note = first_layer_note(config, model, [row.name for row in rows if row.state in ("skipped", "kept")])
     search = SearchResult.of(getattr(config, "search", None))
     return _summary(model, rows, parts, size_of(model, added), note, search)
@@ -234,7 +239,7 @@ def _linear_weights(model: nn.Module, left_out: tuple[str, ...] = ()) -> int:
         if f"{name}.".startswith(left_out) or ".modules_to_save." in name:  # a copy of what is counted already
             continue
         if _is_linear(module):
-            number += math.prod(_features(module))  # a quantised weight has another shape
+            number += math.prod(features(module))  # a quantised weight has another shape
         elif experts_per_token is not None:  # of all experts in one tensor
             stacked = (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
             number += sum(experts_per_token * math.prod(parameter.shape[1:]) for parameter in stacked)
@@ -244,14 +249,8 @@ def _linear_weights(model: nn.Module, left_out: tuple[str, ...] = ()) -> int:
 def _missing_biases(projections: Iterable[nn.Module], added: set[int]) -> int:
     """How many numbers the fold adds to projections: a bias where the base has none."""
     without = (p for p in projections if p.bias is None or id(p.bias) in added)
-    return sum(_features(projection)[1] for projection in without)
+    return sum(features(projection)[1] for projection in without)
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
-
-
-def _features(projection: nn.Module) -> tuple[int, int]:
-    """Widths of what a projection reads and writes."""
-    is_conv1d = isinstance(projection, Conv1D)
-    return (projection.nx, projection.nf) if is_conv1d else (projection.in_features, projection.out_features)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .evaluation import evaluation_mode, mean_over_ranks, preserved_random_state
-from .skippable import Skippable
+from ..evaluation import evaluation_mode, mean_over_ranks, preserved_random_state
+from ..skippable import Skippable
 
 
 class HeldOutLosses:

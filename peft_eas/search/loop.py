@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..evaluation import from_all_ranks
 from ..model import EASModel
+from ..skippable import eas_of, needs_search
 from ..strategies import Strategy, ThompsonSampling
 from ..strategies.bandit import Reward
 from ..strategies.goal import Goal
 from ..values import python_number
 from .check import checked_choice
 from .choice import goal_of, new_strategy, resumed_strategy, savings_of_batches
-from .evaluation import from_all_ranks
 from .held_out import HeldOutLosses, as_scalar
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
 from .savings import Savings
@@ -29,7 +30,6 @@ from .schedule import (
     check_settings,
     default_interval,
 )
-from .skippable import eas_of, needs_search
 
 logger = logging.getLogger(__name__)
 

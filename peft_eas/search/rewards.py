@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import Trainer
 
-from .evaluation import evaluation_mode, preserved_random_state
+from ..evaluation import evaluation_mode, preserved_random_state
 from .trainer import untouched_metrics
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from ..injection.checks import sharded_parameter
 from ..layers import MHALayer
 from ..model import EASModel
-from .skippable import eas_of
+from ..skippable import eas_of
 from .timing import bare, layers_of, num_rounds, of_first_rank, skipped, time_attentions, time_pairs
 from .workload import Workload, check_shapes
 

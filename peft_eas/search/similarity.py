@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..architectures import join
+from ..evaluation import evaluation_mode
 from ..layers import MHALayer
 from ..layers.candidate import Candidate
 from ..model import EASModel
 from ..runtime.forward import Argument
 from ..runtime.prompt import attended_tokens
-from .evaluation import evaluation_mode
-from .skippable import eas_of
+from ..skippable import eas_of
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..architectures import at_path
+from ..evaluation import evaluation_mode, preserved_random_state
 from ..layers import MHALayer, NormLayer
 from ..model import EASModel
 from ..runtime.skipped import SkippedMHA
-from .evaluation import evaluation_mode, preserved_random_state
 
 # For how long each kind of pass is repeated, but at least and at most so often.
 _SECONDS, _LEAST, _MOST = 2.0, 5, 25

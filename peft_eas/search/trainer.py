@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState
 
 from ..model import EASModel
-from .skippable import Skippable
+from ..skippable import Skippable
 
 
 def calling_trainer() -> Trainer:

@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 from peft import PeftModel
 from torch import nn
 
-from ..config import EASConfig
-from ..model import EASModel
+from .config import EASConfig
+from .model import EASModel
 
 
 @runtime_checkable
