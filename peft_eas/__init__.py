@@ -8,6 +8,7 @@ from .callback import EASCallback
 from .config import PEFT_TYPE, EASConfig
 from .model import EASModel
 from .peft_type import add_to_cards
+from .recovery.fit import fit_adapters
 from .reporting.card import adapter_card, write_merged_card
 from .reporting.summary import eas_summary
 from .runtime.adapter import InputAdapter, PropagationAdapter
@@ -41,5 +42,6 @@ __all__ = [
     "attention_similarities",
     "count_kv_bytes",
     "eas_summary",
+    "fit_adapters",
     "measure_time",
 ]

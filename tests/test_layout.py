@@ -25,7 +25,7 @@ ORDER = [
         "evaluation",
         "layers",
     ),
-    *("injection", "reporting", "merging", "model", "skippable", "search", "callback", "export"),
+    *("injection", "reporting", "merging", "model", "skippable", "recovery", "search", "callback", "export"),
     *("card", "merged", "plots", "__init__", "cli", "__main__"),
 ]
 # Travels with a merged checkpoint to where nothing else is installed.

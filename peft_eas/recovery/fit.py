@@ -1,0 +1,306 @@
+"""`fit_adapters`: adapters that begin as the best stand-in for their MHA, without a step of training."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..evaluation import evaluation_mode, from_all_ranks
+from ..folding.fold import LowRankMap, exact
+from ..layers import Candidate, EASLayer, FFNLayer, OutputAdapter, OutputLayer
+from ..model import EASModel
+from ..runtime.adapter import RoutedAdapter
+from ..skippable import eas_of
+from ..values import is_int
+from .recorder import BlockRecorder, Seen
+from .regression import Moments
+
+# MHAs whose moments take more memory than this are fitted one group after another, each with passes of its own.
+_MOST_BYTES = 4 << 30
+
+
+@torch.no_grad()
+def fit_adapters(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    num_tokens: int = 8192,
+    progress_bar: bool = True,
+) -> dict[str, float]:
+    """Sets the adapters of skipped MHAs so that each block, without its MHA, gives most nearly what it gives with it.
+
+    By linear regression in closed form, for each MHA by itself, on what the model computes with nothing skipped: PIA
+    learns what the FFN would have read, from what it reads now; the output adapter then learns what the block still
+    lacks, from what the FFN's output projection reads. No labels are needed, and nothing is back-propagated. Each
+    group of MHAs takes two passes over the batches. What the adapters were before is overwritten.
+
+    The output adapter stays as it begins where a norm or a scale stands between the FFN's output projection and the
+    residual stream (Gemma 2, OLMo 2, DINOv2), because what it adds there does not add up with the rest of the block.
+
+    In a distributed run, call it on every rank, each with its own batches: the fit is of all of them.
+
+    Args:
+        model: what `get_peft_model(model, EASConfig(...))` returned. It is called in evaluation mode, which is
+            switched back afterwards.
+        batches: keyword arguments of the model; gone through several times.
+        num_tokens: how many tokens, without padding, are enough; batches behind these are not read.
+
+    Returns:
+        by full name of each MHA that has such an adapter, the squared error that the fit leaves, as a share of what
+        the block loses without the MHA: 0 where the adapters can stand for it in full, 1 where they are of no use.
+
+    Raises:
+        TypeError: for a model without EAS adapters; for batches that are no dictionaries.
+        ValueError: for no batches, or an MHA that no token reached; while adapters are merged.
+    """
+    eas = eas_of(model, "fit_adapters", "it")
+    if not isinstance(eas, EASModel):
+        raise TypeError(
+            f"fit_adapters fits what stands for attentions, of which a {type(eas).__name__} has none. Pass it the "
+            "model that get_peft_model(model, EASConfig(...)) returns."
+        )
+    if not is_int(num_tokens, 1):
+        raise ValueError(f"fit_adapters(num_tokens={num_tokens!r}): num_tokens must be an integer of at least 1.")
+    if any(layer.merged for layer in eas.model.modules() if isinstance(layer, EASLayer)):
+        raise ValueError("The adapters are merged, so they cannot be fitted. Call unmerge_adapter() first.")
+    eas.end_step()
+    fits = _fits_of(eas)
+    batches = _Batches(batches, num_tokens)
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(_without_cache(model))
+        stack.enter_context(_nothing_skipped(eas))
+        stack.enter_context(_begun_anew(fits))
+        for group in _groups(fits):
+            for stage in ("pia", "output"):
+                _gather(model, eas.model, group, stage, batches, progress_bar)
+                for fit in group:
+                    fit.solve(stage)
+    return {fit.candidate.name: fit.left_over for fit in fits}
+
+
+class _Fit:
+    """The fit of one MHA's adapters: of PIA first, and of the output adapter behind it."""
+
+    def __init__(self, candidate: Candidate, adapter_name: str, pia: RoutedAdapter, output: OutputAdapter | None):
+        self.candidate, self.adapter_name, self.pia, self.output = candidate, adapter_name, pia, output
+        self.left_over = 1.0
+        self.count = 0
+        self._moments: Moments | None = None
+        self._lost = 0.0  # squared error without any adapter, where it was noted
+
+    @property
+    def bytes(self) -> int:
+        """What its moments take at most."""
+        d = self.pia.token_down.in_features
+        return max(Moments.bytes(d, d), 0 if self.output is None else Moments.bytes(self.output.down.shape[1], d))
+
+    def add(self, stage: str, with_mha: Seen, without: Seen) -> None:
+        """Adds what one pass of the block computed."""
+        if stage == "pia":
+            x, y = without.ffn_input, with_mha.ffn_input - without.ffn_input
+            self.count += len(x)
+            if self.output is not None and without.total is not None:
+                self._lost += float((with_mha.total - without.total).float().square().sum())
+        elif self.output is None or without.total is None:
+            return
+        else:
+            x, y = without.projection_input, with_mha.total - without.total
+        if self._moments is None:
+            self._moments = Moments(x.shape[1], y.shape[1], x.device)
+        self._moments.add(x, y)
+
+    def solve(self, stage: str) -> None:
+        """Fits the adapter of a stage."""
+        moments, self._moments = self._moments, None
+        if moments is None:
+            return
+        moments.gather()
+        if moments.square == 0:  # in a parallel block, the FFN reads the same without the MHA
+            return
+        if stage == "pia":
+            update, error = moments.low_rank_fit(self.pia.token_down.out_features, self.pia.up[0].groups)
+            self.left_over = error / moments.square
+            _set_routed(self.pia, update)
+        else:
+            update, error = moments.low_rank_fit(len(self.output.down))
+            lost = float(from_all_ranks(update.shift.new_tensor(self._lost)).sum())
+            self.left_over = error / lost
+            _set_output(self.output, update)
+
+
+def _fits_of(eas: EASModel) -> list[_Fit]:
+    """One for each MHA that the active adapter has a PIA for."""
+    name = eas.active_adapters[0]
+    by_mha: dict[Candidate, dict[type, nn.Module]] = {}
+    for layer in eas.model.modules():
+        if isinstance(layer, (FFNLayer, OutputLayer)) and name in layer.adapters:
+            by_mha.setdefault(layer.candidate, {})[type(layer)] = layer.adapters[name]
+    in_order = sorted(by_mha, key=lambda candidate: eas.candidates.index(candidate.name))
+    return [_Fit(one, name, by_mha[one][FFNLayer], by_mha[one].get(OutputLayer)) for one in in_order]
+
+
+def _groups(fits: list[_Fit]) -> Iterator[list[_Fit]]:
+    """Fits whose moments fit into memory together."""
+    group: list[_Fit] = []
+    for fit in fits:
+        if group and sum(one.bytes for one in group) + fit.bytes > _MOST_BYTES:
+            yield group
+            group = []
+        group.append(fit)
+    if group:
+        yield group
+
+
+class _Batches:
+    """The first of the batches given, as many as hold `num_tokens` tokens. The first pass finds how many these are."""
+
+    def __init__(self, given: Iterable[Mapping[str, Any]], num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self._given = iter(given)
+        self._read: list[Mapping[str, Any]] = []
+        self._is_enough = False
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        yield from self._read
+        while not self._is_enough:
+            batch = next(self._given, None)
+            if batch is None:
+                self._is_enough = True
+                return
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"fit_adapters was given a batch of type {type(batch).__name__}. Pass an iterable of batches, "
+                    "each a dictionary of the model's arguments."
+                )
+            self._read.append(batch)
+            yield batch
+
+    def note(self, count: int, device: torch.device) -> None:
+        """Ends the reading once the ranks have seen enough tokens, of which this one has seen `count`."""
+        if not self._is_enough:
+            self._is_enough = int(from_all_ranks(torch.tensor(count, device=device)).sum()) >= self.num_tokens
+
+
+def _gather(
+    model: nn.Module, inner: nn.Module, group: list[_Fit], stage: str, batches: _Batches, progress_bar: bool
+) -> None:
+    """Lets `group` gather what its adapters of a stage are fitted to."""
+    fit_of = {fit.candidate: fit for fit in group}
+    blocks: dict[tuple[str, str], list[Candidate]] = {}
+    for candidate in fit_of:
+        blocks.setdefault((candidate.block, candidate.architecture.ffn), []).append(candidate)
+    recorders = [
+        BlockRecorder(
+            inner.get_submodule(block),
+            candidates,
+            group[0].adapter_name,
+            lambda candidate, *seen: fit_of[candidate].add(stage, *seen),
+        )
+        for (block, _), candidates in blocks.items()
+    ]
+    device = next(inner.parameters()).device
+    try:
+        for batch in tqdm(batches, desc=f"EAS: fitting {stage} adapters", disable=not progress_bar):
+            model(**batch)
+            batches.note(group[0].count, device)
+    finally:
+        for recorder in recorders:
+            recorder.remove()
+    unreached = [fit.candidate.name for fit in group if fit.count == 0]
+    if unreached:
+        raise ValueError(
+            f"{len(unreached)} of {len(group)} attentions were not called, or with hidden tokens alone, such as "
+            f"{unreached[0]}. Pass at least one batch, with all the inputs that the model attends to."
+        )
+
+
+@exact
+def _set_routed(adapter: RoutedAdapter, update: LowRankMap) -> None:
+    """Makes an adapter the map `update`, whatever the context. The context path begins at zero."""
+    left, right = _balanced(update)
+    share = 0.5 if adapter.has_context_path else 1.0
+    _write(adapter.token_down.weight, right)
+    adapter.token_down.bias.zero_()
+    if adapter.has_context_path:
+        adapter.context_down.weight.zero_()
+        adapter.context_down.bias.zero_()
+    groups = adapter.up[0].groups
+    blocks = left.unflatten(0, (groups, -1)).unflatten(-1, (groups, -1)).diagonal(dim1=0, dim2=2)
+    for up in adapter.up:
+        _write(up.weight, blocks.movedim(-1, 0).flatten(0, 1) / (adapter.scale * share))
+        _write(up.bias, update.shift / adapter.scale)
+
+
+@exact
+def _set_output(adapter: OutputAdapter, update: LowRankMap) -> None:
+    left, right = _balanced(update)
+    _write(adapter.down, right)
+    _write(adapter.up.weight, left / adapter.scale)
+    _write(adapter.up.bias, update.shift / adapter.scale)
+
+
+def _balanced(update: LowRankMap) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both factors of its product, each of the same size, so that both learn at one learning rate."""
+    sizes = update.right.norm(dim=1), update.left.norm(dim=0)
+    ratio = (sizes[1] / sizes[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    return update.left / ratio, update.right * ratio[:, None]
+
+
+def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+@contextmanager
+def _begun_anew(fits: list[_Fit]) -> Iterator[None]:
+    """Lets the adapters add nothing until they are fitted. After an error they are again what they were."""
+    adapters = [adapter for fit in fits for adapter in (fit.pia, fit.output) if adapter is not None]
+    before = [copy.deepcopy(adapter.state_dict()) for adapter in adapters]
+    for parameter in (parameter for adapter in adapters for parameter in adapter.up.parameters()):
+        parameter.zero_()
+    try:
+        yield
+    except BaseException:
+        for adapter, state in zip(adapters, before):
+            adapter.load_state_dict(state)
+        raise
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No KV cache meanwhile, in which a block that is called twice would enter its tokens twice."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    used = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in used:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in used:
+            config.use_cache = True
+
+
+@contextmanager
+def _nothing_skipped(eas: EASModel) -> Iterator[None]:
+    """Computes every MHA meanwhile, also where the skip set is fixed; no prompt is asked for, as no fit depends on
+    one."""
+    config = eas.active_config
+    candidates = {layer.candidate for layer in eas.model.modules() if isinstance(layer, EASLayer)}
+    before, context = {candidate: candidate.drawn for candidate in candidates}, config.context
+    for candidate in candidates:
+        candidate.drawn = {eas.active_adapters[0]: False}
+    config.context = "running" if context == "prompt" else context
+    try:
+        yield
+    finally:
+        config.context = context
+        for candidate, drawn in before.items():
+            candidate.drawn = drawn

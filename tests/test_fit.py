@@ -1,0 +1,231 @@
+"""`fit_adapters`: the regression behind it, what it is given, and what it leaves."""
+
+import copy
+
+import families
+import pytest
+import torch
+from conftest import build_model, difference, make_inputs
+from families import ARCHITECTURES
+from peft import PeftModel, get_peft_model
+from skippable import Blocks
+
+from peft_eas import EASConfig, fit_adapters
+from peft_eas.recovery.regression import Moments
+
+# Families in which what an output adapter writes does not add up with the rest of the block.
+WITHOUT_SUM = {"gemma2", "gemma3", "gemma3 (image)", "olmo2", "dinov2", "dinov2 (swiglu)"}
+NAMES = [name for name, family in ARCHITECTURES.items() if family.num_candidates]
+
+
+def moments(x: torch.Tensor, y: torch.Tensor, parts: int = 3) -> Moments:
+    result = Moments(x.shape[1], y.shape[1], x.device)
+    for one, other in zip(x.chunk(parts), y.chunk(parts)):
+        result.add(one, other)
+    return result
+
+
+# --- the regression --------------------------------------------------------------------------------------------------
+
+
+def test_a_map_of_low_rank_is_found():
+    torch.manual_seed(0)
+    x = torch.randn(500, 12) + 5.0
+    left, right, shift = torch.randn(8, 2), torch.randn(2, 12), torch.randn(8)
+    y = x @ right.T @ left.T + shift
+    update, error = moments(x, y).low_rank_fit(2, ridge=1e-6)
+    assert update.left.shape == (8, 2)
+    assert update.right.shape == (2, 12)
+    torch.testing.assert_close(x @ update.right.T @ update.left.T + update.shift, y, rtol=1e-3, atol=1e-2)
+    assert error <= 1e-4 * float(y.square().sum())
+
+
+def test_the_best_map_of_a_rank_is_found():
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    y = x @ torch.randn(6, 5) + 0.5 * torch.randn(400, 5)
+    update, error = moments(x, y).low_rank_fit(2, ridge=1e-6)
+    centred_x, centred_y = x - x.mean(0), y - y.mean(0)
+    fitted = centred_x @ torch.linalg.lstsq(centred_x, centred_y).solution
+    leading = torch.linalg.svd(fitted, full_matrices=False)
+    best = leading.U[:, :2] * leading.S[:2] @ leading.Vh[:2]
+    actual = x @ update.right.T @ update.left.T + update.shift
+    torch.testing.assert_close(actual, best + y.mean(0), rtol=1e-3, atol=1e-3)
+    assert error == pytest.approx(float((y - actual).square().sum()), rel=1e-3)
+
+
+def test_a_ridge_shrinks_and_a_full_rank_is_ridge_regression():
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 4), torch.randn(50, 3)
+    update, _ = moments(x, y).low_rank_fit(3, ridge=0.5)
+    centred = x - x.mean(0)
+    gram = centred.T @ centred
+    expected = torch.linalg.solve(gram + 0.5 * gram.diagonal().mean() * torch.eye(4), centred.T @ (y - y.mean(0)))
+    torch.testing.assert_close((update.left @ update.right).T, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_groups_have_their_own_part_of_the_rank():
+    torch.manual_seed(0)
+    x, y = torch.randn(300, 6), torch.randn(300, 8)
+    update, _ = moments(x, y).low_rank_fit(4, groups=2, ridge=1e-6)
+    assert not update.left[:4, 2:].any()
+    assert not update.left[4:, :2].any()
+    for part in (slice(0, 4), slice(4, 8)):
+        alone, _ = moments(x, y[:, part]).low_rank_fit(2, ridge=1e-6)
+        actual = (update.left @ update.right)[part]
+        torch.testing.assert_close(actual, alone.left @ alone.right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_leave_finite_numbers(tokens):
+    x, y = torch.randn(tokens, 6), torch.randn(tokens, 4)
+    update, error = moments(x, y, parts=1).low_rank_fit(2)
+    assert all(t.isfinite().all() for t in (update.left, update.right, update.shift))
+    assert 0 <= error <= float(y.square().sum()) * (1 + 1e-5)
+
+
+def test_a_large_mean_costs_no_digits():
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    y = x @ torch.randn(6, 3)
+    exact, _ = moments(x, y).low_rank_fit(3, ridge=1e-3)
+    shifted, _ = moments(x + 1e4, y).low_rank_fit(3, ridge=1e-3)
+    torch.testing.assert_close(shifted.left @ shifted.right, exact.left @ exact.right, rtol=1e-2, atol=1e-2)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def fitted(name: str, on_request: bool = False, **options) -> tuple[PeftModel, dict[str, float], float, float]:
+    """A family's model with all its MHAs skipped; the errors left; and how far it is off before and after the fit."""
+    family = ARCHITECTURES[name]
+    names = families.candidates(family, on_request)
+    rank = families.output_r(family, on_request)
+    defaults = {"r": 16, "output_r": 4 * rank, "attention_r": 0, "dropout": 0.0, "task_type": family.task_type}
+    torch.manual_seed(0)
+    config = EASConfig(**{**defaults, **options}, skipped_modules=names[1:2], target_modules=names)
+    model = get_peft_model(family.build(), config).eval()
+    inputs = family.make_inputs(batch=4, seed=99)
+    with model.disable_adapter():
+        expected = families.output(model, inputs)
+    before = (families.output(model, inputs) - expected).norm()
+    left = fit_adapters(model, [family.make_inputs(batch=8, seed=i) for i in range(6)], progress_bar=False)
+    return model, left, float(before), float((families.output(model, inputs) - expected).norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_block_comes_nearer_to_what_it_was(name):
+    model, left, before, after = fitted(name)
+    assert list(left) == model.base_model.skipped_modules
+    assert all(0 <= value < 1 for value in left.values())
+    assert after < before or name in WITHOUT_SUM
+    ups = {key: p for key, p in model.named_parameters() if ".eas_output." in key and key.endswith("up.weight")}
+    for parameter in ups.values():
+        assert bool(parameter.any()) == (name not in WITHOUT_SUM)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
+@pytest.mark.parametrize("context", ["prompt", "running", "none"])
+def test_a_fitted_model_merges_exactly(name, context):
+    family = ARCHITECTURES[name]
+    model, *_ = fitted(name, context=context)
+    inputs = family.make_inputs(batch=3, seed=1)
+    expected = families.output(model, inputs)
+    if context == "prompt":  # the fit reads no context yet, so that freezing one changes nothing
+        with pytest.warns(UserWarning, match="was of use in no training step"):
+            model.base_model.freeze_context()
+        assert difference(families.output(model, inputs), expected) <= 1e-5
+    assert difference(families.output(model.merge_and_unload(), inputs), expected) <= 1e-5
+
+
+def test_everything_is_as_it_was_but_for_the_adapters_of_skipped_mhas():
+    inputs = make_inputs("llama", "cpu")
+    model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4)).train()
+    model.base_model.set_skipped_modules(["model.layers.2.self_attn"])
+    before = copy.deepcopy(model.state_dict())
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    random_state = torch.get_rng_state()
+    left = fit_adapters(model, [inputs], progress_bar=False)
+    assert list(left) == model.base_model.candidates
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.training
+    assert model.config.use_cache
+    assert model.peft_config["default"].context == "prompt"
+    assert model.base_model.skipped_modules == ["model.layers.2.self_attn"]
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    assert all(".eas_pia." in key or ".eas_output." in key for key in changed)
+    assert not any("running_context" in key or "router" in key for key in changed)
+
+
+def test_again_is_the_same_whatever_the_adapters_were():
+    batches = [make_inputs("llama", "cpu", batch=4)]
+    model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4, init_weights=False))
+    first = fit_adapters(model, batches, progress_bar=False)
+    weights = copy.deepcopy(model.state_dict())
+    assert fit_adapters(model, batches, progress_bar=False) == first
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_padding_and_the_batches_behind_enough_do_not_count():
+    inputs = make_inputs("llama", "cpu", batch=2)
+    inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    padded = {key: torch.nn.functional.pad(value, (3, 0)) for key, value in inputs.items()}
+
+    def fit(batches, **options):
+        torch.manual_seed(0)
+        model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4))
+        return fit_adapters(model, batches, progress_bar=False, **options)
+
+    expected = fit([inputs])
+    assert fit([padded]) == pytest.approx(expected, rel=1e-3)
+    count = inputs["input_ids"].numel()
+    assert fit(iter([inputs, None]), num_tokens=count) == expected  # the second is not read
+
+
+def test_groups_under_a_limit_of_memory_give_the_same(monkeypatch):
+    def fit():
+        torch.manual_seed(0)
+        model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4))
+        return fit_adapters(model, iter([make_inputs("llama", "cpu", batch=4)]), progress_bar=False)
+
+    expected = fit()
+    monkeypatch.setattr("peft_eas.recovery.fit._MOST_BYTES", 1)
+    assert fit() == expected
+
+
+def test_bfloat16_is_fitted_in_float32():
+    left = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = get_peft_model(build_model("llama").to(dtype), EASConfig(num_skip=2, r=8, output_r=4))
+        left[dtype] = fit_adapters(model, [make_inputs("llama", "cpu", batch=8)], progress_bar=False)
+    for name, value in left[torch.float32].items():
+        assert left[torch.bfloat16][name] == pytest.approx(value, abs=0.05)
+
+
+def test_bad_input():
+    inputs = make_inputs("llama", "cpu")
+    model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4))
+    with pytest.raises(TypeError, match="without EAS adapters"):
+        fit_adapters(build_model("llama"), [inputs])
+    with pytest.raises(TypeError, match="of which a Blocks has none"):
+        fit_adapters(Blocks(), [inputs])
+    with pytest.raises(TypeError, match=r"a batch of type str\. Pass an iterable of batches"):
+        fit_adapters(model, inputs, progress_bar=False)
+    with pytest.raises(ValueError, match=r"fit_adapters\(num_tokens=0\): num_tokens must be an integer of at least 1"):
+        fit_adapters(model, [inputs], num_tokens=0)
+    hidden = {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}
+    for batches in ([], [hidden]):
+        with pytest.raises(ValueError, match="4 of 4 attentions were not called, or with hidden tokens alone"):
+            fit_adapters(model, batches, progress_bar=False)
+    model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4, init_weights=False))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError):
+        fit_adapters(model, iter([inputs, "text"]), progress_bar=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model = get_peft_model(build_model("llama"), EASConfig(skipped_modules=["model.layers.1.self_attn"], r=8))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged, so they cannot be fitted\. Call unmerge_adapter\(\) first"):
+        fit_adapters(model, [inputs])
