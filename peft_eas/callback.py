@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from .injection.checks import first_layer_note
 from .model import EASModel
 from .search.choice import savings_of
+from .search.fitting import fit_in_trainer
 from .search.loop import EASSearch
 from .search.rewards import RewardSet, choose_reward_set, hold_back
 from .search.savings import Savings
@@ -74,6 +75,9 @@ class EASCallback(TrainerCallback, ExportableState):
         workload: with `EASConfig(target_speedup=...)` or `target_kv_cache`, what the model is to be fast at:
             "batch_size", "prompt_tokens" and "new_tokens", as of `measure_time`. Default: one forward pass over a
             batch of rewards.
+        fit_tokens: how many tokens of training batches the adapters are fitted to before the first step, as by
+            `fit_adapters`; adapters that are trained already are left as they are. 0: they begin as the identity, as
+            in the paper.
 
     Raises:
         ValueError: for a setting out of range; at the start of training, for settings that do not fit the run.
@@ -93,6 +97,7 @@ class EASCallback(TrainerCallback, ExportableState):
         seed: int | None = None,
         strategy: StrategyName | type[Strategy] = "thompson",
         workload: dict[str, int] | None = None,
+        fit_tokens: int = 8192,
     ) -> None:
         self.strategy = strategy
         self.reward: Reward = reward
@@ -106,6 +111,7 @@ class EASCallback(TrainerCallback, ExportableState):
         self.freeze_context_at = python_number(freeze_context_at)
         self.seed = python_number(seed)
         self.workload = workload
+        self.fit_tokens = python_number(fit_tokens)
         self._check_arguments()
         self._held_back: Any = None
         self._search: EASSearch | None = None
@@ -119,6 +125,11 @@ class EASCallback(TrainerCallback, ExportableState):
         check_settings(type(self).__name__, **{name: getattr(self, name) for name in SETTINGS})
         if self.seed is not None and not is_int(self.seed):
             raise ValueError(f"EASCallback(seed={self.seed!r}): seed must be an integer, or None for the Trainer's.")
+        if not is_int(self.fit_tokens, 0):
+            raise ValueError(
+                f"EASCallback(fit_tokens={self.fit_tokens!r}): fit_tokens must be an integer of at least 1, or 0 for "
+                "adapters that begin as the identity."
+            )
         shapes = {"batch_size": None, "prompt_tokens": None, "new_tokens": 0}
         if self.workload is not None and not (isinstance(self.workload, dict) and self.workload.keys() <= set(shapes)):
             raise ValueError(
@@ -202,6 +213,8 @@ class EASCallback(TrainerCallback, ExportableState):
 
         self._search = self._reward_set = self._reward_source = self._shown_phase = None
         saved = saved_search(state, type(self).__name__)
+        if self.fit_tokens and state.global_step == 0 and isinstance(eas, EASModel):
+            fit_in_trainer(trainer, model, eas, self.fit_tokens, self._seed(args))
         settings = {name: getattr(self, name) for name in SETTINGS}
         # Otherwise Trainer resumes with an optimizer that has every parameter; see `EASSearch`.
         optimizer = kwargs.get("optimizer") if trainer.is_fsdp_enabled else None

@@ -183,6 +183,13 @@ class EASConfig(PeftConfig):
             "costs to skip the MHA. Written at the end of the search, and shown on the model card."
         },
     )
+    fit_errors: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "By full name of each MHA whose adapters were fitted: the squared error that they left, as a "
+            "share of what its block loses without it. Written by `fit_adapters`, before any training."
+        },
+    )
     search: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -195,7 +202,7 @@ class EASConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         # On a command line these are JSON, as in TrainingArguments.
-        for name in ("base_shape", "scores", "search", "trainable_token_indices"):
+        for name in ("base_shape", "scores", "fit_errors", "search", "trainable_token_indices"):
             if isinstance(getattr(self, name), str):
                 with suppress(json.JSONDecodeError):
                     setattr(self, name, json.loads(getattr(self, name)))
@@ -288,12 +295,14 @@ class EASConfig(PeftConfig):
         if len(given) > 1 and self.skipped_modules is None:
             texts = (f"{name}={getattr(self, name)!r}" for name in given)
             raise ValueError(f"EASConfig({', '.join(texts)}): how many MHAs are to be skipped takes one of these.")
-        if self.scores is not None:
-            is_right = isinstance(self.scores, dict) and all(
-                isinstance(name, str) and is_finite(python_number(score)) for name, score in self.scores.items()
-            )
-            require("scores", is_right, "a dict from names of MHAs to finite numbers, or None")
-            self.scores = {name: python_number(score) for name, score in self.scores.items()}
+        for name in ("scores", "fit_errors"):
+            values = getattr(self, name)
+            if values is not None:
+                is_right = isinstance(values, dict) and all(
+                    isinstance(mha, str) and is_finite(python_number(value)) for mha, value in values.items()
+                )
+                require(name, is_right, "a dict from names of MHAs to finite numbers, or None")
+                setattr(self, name, {mha: python_number(value) for mha, value in values.items()})
 
     def _check_skipped_modules(self) -> None:
         names = self.skipped_modules

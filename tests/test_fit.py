@@ -9,8 +9,9 @@ from conftest import build_model, difference, make_inputs
 from families import ARCHITECTURES
 from peft import PeftModel, get_peft_model
 from skippable import Blocks
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_eas import EASConfig, fit_adapters
+from peft_eas import EASCallback, EASConfig, eas_summary, fit_adapters
 from peft_eas.recovery.regression import Moments
 
 # Families in which what an output adapter writes does not add up with the rest of the block.
@@ -229,3 +230,126 @@ def test_bad_input():
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged, so they cannot be fitted\. Call unmerge_adapter\(\) first"):
         fit_adapters(model, [inputs])
+
+
+def test_the_summary_and_a_merged_model_tell_what_is_left(tmp_path):
+    model, left, *_ = fitted("llama")
+    name, error = next(iter(left.items()))
+    for _ in range(2):
+        summary = eas_summary(model)
+        assert [row.fit_error for row in summary.rows] == [error if row.name == name else None for row in summary.rows]
+        lines = str(summary).splitlines()
+        assert lines[0].split("  ")[0] == "MHA"
+        assert "fit error" in lines[0]
+        assert f"{100 * error:.0f} %" in next(line for line in lines if line.startswith(name))
+        assert len({len(line) for line in lines[: len(summary.rows) + 2]}) == 1
+        model = model if summary.rows[1].state == "deleted" else model.base_model.merge_and_unload()
+    assert "fit error" not in str(eas_summary(get_peft_model(build_model("llama"), EASConfig(num_skip=1, r=8))))
+
+
+def test_the_config_keeps_what_is_left(tmp_path):
+    model, left, *_ = fitted("llama")
+    model.save_pretrained(tmp_path)
+    assert EASConfig.from_pretrained(tmp_path).fit_errors == left
+    with pytest.raises(ValueError, match="fit_errors must be a dict from names of MHAs to finite numbers, or None"):
+        EASConfig(fit_errors={"a": "b"})
+
+
+# --- under Trainer ---------------------------------------------------------------------------------------------------
+
+
+def train(model: PeftModel, tmp_path, callback: EASCallback, caplog=None, **arguments) -> dict[str, torch.Tensor]:
+    """The adapters as they are when the first step begins."""
+    first: dict[str, torch.Tensor] = {}
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 0:
+                first.update({key: value.clone() for key, value in model.state_dict().items() if ".eas_" in key})
+
+    samples = [{key: value[0] for key, value in make_inputs("llama", "cpu", seed=i).items()} for i in range(32)]
+    samples = [{**sample, "labels": sample["input_ids"]} for sample in samples]
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_steps": 2,
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **{**settings, **arguments}),
+        train_dataset=samples,
+        callbacks=[callback, Note()],
+    )
+    trainer.train()
+    return first
+
+
+def ups(weights: dict[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
+    return [value for key, value in weights.items() if f".{kind}." in key and ".up." in key and key.endswith("weight")]
+
+
+def searched() -> PeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4))
+
+
+def test_a_run_begins_with_the_fit(tmp_path):
+    model = searched()
+    first = train(model, tmp_path, EASCallback(warmup_steps=1, search_steps=3, interval=1))
+    assert all(value.any() for kind in ("eas_pia", "eas_output") for value in ups(first, kind))
+    assert set(model.peft_config["default"].fit_errors) == {f"model.layers.{i}.self_attn" for i in range(4)}
+    assert EASConfig.from_pretrained(tmp_path / "checkpoint-4").fit_errors == model.peft_config["default"].fit_errors
+
+
+def test_the_papers_start_is_one_argument_away(tmp_path):
+    model = searched()
+    first = train(model, tmp_path, EASCallback(warmup_steps=1, search_steps=3, interval=1, fit_tokens=0))
+    assert not any(value.any() for kind in ("eas_pia", "eas_output") for value in ups(first, kind))
+    assert model.peft_config["default"].fit_errors is None
+    for value in (-1, 1.5, True, "all"):
+        with pytest.raises(ValueError, match=r"fit_tokens must be an integer of at least 1, or 0 for"):
+            EASCallback(fit_tokens=value)
+
+
+def test_the_same_seed_is_the_same_fit_and_the_data_come_as_without_it(tmp_path):
+    search = {"warmup_steps": 1, "search_steps": 3, "interval": 1}
+    one, other = (train(searched(), tmp_path / str(i), EASCallback(**search)) for i in range(2))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    states = []
+    for tokens in (0, 64):
+        model = searched()
+        model.base_model.fix_skipped_modules(model.base_model.candidates[:1])
+        train(model, tmp_path / f"fit{tokens}", EASCallback(fit_tokens=tokens))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_trained_adapters_are_left_alone(tmp_path, caplog):
+    search = {"warmup_steps": 1, "search_steps": 3, "interval": 1}
+    model = searched()
+    train(model, tmp_path / "first", EASCallback(**search))
+    before = {key: value.clone() for key, value in model.state_dict().items() if ".eas_" in key}
+    with caplog.at_level("INFO"):
+        again = train(model, tmp_path / "second", EASCallback(**search))
+    assert all(torch.equal(value, before[key]) for key, value in again.items())
+    assert "no longer as they begin, so they are not fitted" in caplog.text
+
+
+def test_a_resumed_run_is_not_fitted_again(tmp_path):
+    search = {"warmup_steps": 1, "search_steps": 3, "interval": 1}
+    whole = searched()
+    train(whole, tmp_path, EASCallback(**search))
+    resumed = searched()
+    samples = [{key: value[0] for key, value in make_inputs("llama", "cpu", seed=i).items()} for i in range(32)]
+    samples = [{**sample, "labels": sample["input_ids"]} for sample in samples]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True, save_steps=2
+    )
+    trainer = Trainer(resumed, arguments, train_dataset=samples, callbacks=[EASCallback(**search)])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = {key: value for key, value in whole.state_dict().items() if ".eas_" in key}
+    actual = {key: value for key, value in resumed.state_dict().items() if ".eas_" in key}
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in actual.items())

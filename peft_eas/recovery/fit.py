@@ -1,7 +1,7 @@
 """`fit_adapters`: adapters that begin as the best stand-in for their MHA, without a step of training."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -64,6 +64,28 @@ def fit_adapters(
         )
     if not is_int(num_tokens, 1):
         raise ValueError(f"fit_adapters(num_tokens={num_tokens!r}): num_tokens must be an integer of at least 1.")
+
+    def run(batch: Any) -> None:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"fit_adapters was given a batch of type {type(batch).__name__}. Pass an iterable of batches, each a "
+                "dictionary of the model's arguments."
+            )
+        model(**batch)
+
+    return fit_by_passes(model, eas, batches, run, num_tokens, progress_bar)
+
+
+@torch.no_grad()
+def fit_by_passes(
+    model: nn.Module,
+    eas: EASModel,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    num_tokens: int,
+    progress_bar: bool = True,
+) -> dict[str, float]:
+    """As `fit_adapters`, where `run` passes a batch, of whatever kind, through the model."""
     if any(layer.merged for layer in eas.model.modules() if isinstance(layer, EASLayer)):
         raise ValueError("The adapters are merged, so they cannot be fitted. Call unmerge_adapter() first.")
     eas.end_step()
@@ -76,10 +98,17 @@ def fit_adapters(
         stack.enter_context(_begun_anew(fits))
         for group in _groups(fits):
             for stage in ("pia", "output"):
-                _gather(model, eas.model, group, stage, batches, progress_bar)
+                _gather(eas.model, group, stage, batches, run, progress_bar)
                 for fit in group:
                     fit.solve(stage)
-    return {fit.candidate.name: fit.left_over for fit in fits}
+    eas.active_config.fit_errors = {fit.candidate.name: fit.left_over for fit in fits}
+    return dict(eas.active_config.fit_errors)
+
+
+def begins_anew(eas: EASModel) -> bool:
+    """Whether no adapter for a skipped MHA has been trained, or fitted, yet."""
+    adapters = (one for fit in _fits_of(eas) for one in (fit.pia, fit.output) if one is not None)
+    return not any(bool(parameter.any()) for adapter in adapters for parameter in adapter.up.parameters())
 
 
 class _Fit:
@@ -139,8 +168,19 @@ def _fits_of(eas: EASModel) -> list[_Fit]:
     for layer in eas.model.modules():
         if isinstance(layer, (FFNLayer, OutputLayer)) and name in layer.adapters:
             by_mha.setdefault(layer.candidate, {})[type(layer)] = layer.adapters[name]
+    sharded = next((one for adapters in by_mha.values() for one in adapters.values() if _is_in_parts(one)), None)
+    if sharded is not None:
+        raise ValueError(
+            "The adapters lie in shards on several ranks, which cannot be written from here (DeepSpeed's ZeRO-3, or "
+            "FSDP1). Call fit_adapters before the model is distributed."
+        )
     in_order = sorted(by_mha, key=lambda candidate: eas.candidates.index(candidate.name))
     return [_Fit(one, name, by_mha[one][FFNLayer], by_mha[one].get(OutputLayer)) for one in in_order]
+
+
+def _is_in_parts(adapter: nn.Module) -> bool:
+    affine = adapter.up if isinstance(adapter, OutputAdapter) else adapter.token_down
+    return affine.weight.shape != (affine.out_features, affine.in_features)
 
 
 def _groups(fits: list[_Fit]) -> Iterator[list[_Fit]]:
@@ -158,24 +198,19 @@ def _groups(fits: list[_Fit]) -> Iterator[list[_Fit]]:
 class _Batches:
     """The first of the batches given, as many as hold `num_tokens` tokens. The first pass finds how many these are."""
 
-    def __init__(self, given: Iterable[Mapping[str, Any]], num_tokens: int) -> None:
+    def __init__(self, given: Iterable[Any], num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self._given = iter(given)
-        self._read: list[Mapping[str, Any]] = []
+        self._read: list[Any] = []
         self._is_enough = False
 
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         yield from self._read
         while not self._is_enough:
             batch = next(self._given, None)
             if batch is None:
                 self._is_enough = True
                 return
-            if not isinstance(batch, Mapping):
-                raise TypeError(
-                    f"fit_adapters was given a batch of type {type(batch).__name__}. Pass an iterable of batches, "
-                    "each a dictionary of the model's arguments."
-                )
             self._read.append(batch)
             yield batch
 
@@ -186,7 +221,12 @@ class _Batches:
 
 
 def _gather(
-    model: nn.Module, inner: nn.Module, group: list[_Fit], stage: str, batches: _Batches, progress_bar: bool
+    model: nn.Module,
+    group: list[_Fit],
+    stage: str,
+    batches: _Batches,
+    run: Callable[[Any], Any],
+    progress_bar: bool,
 ) -> None:
     """Lets `group` gather what its adapters of a stage are fitted to."""
     fit_of = {fit.candidate: fit for fit in group}
@@ -195,17 +235,17 @@ def _gather(
         blocks.setdefault((candidate.block, candidate.architecture.ffn), []).append(candidate)
     recorders = [
         BlockRecorder(
-            inner.get_submodule(block),
+            model.get_submodule(block),
             candidates,
             group[0].adapter_name,
             lambda candidate, *seen: fit_of[candidate].add(stage, *seen),
         )
         for (block, _), candidates in blocks.items()
     ]
-    device = next(inner.parameters()).device
+    device = next(model.parameters()).device
     try:
         for batch in tqdm(batches, desc=f"EAS: fitting {stage} adapters", disable=not progress_bar):
-            model(**batch)
+            run(batch)
             batches.note(group[0].count, device)
     finally:
         for recorder in recorders:

@@ -61,6 +61,7 @@ def origin(eas: BaseTuner, adapter_name: str) -> dict[str, Any]:
         "candidates": candidates,
         "kept": [name for name in kept if name not in candidates],
         "scores": config.scores,
+        "fit_errors": getattr(config, "fit_errors", None),
         "search": getattr(config, "search", None),
         "r": config.r,
         "attention_r": config.attention_r,

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -156,6 +157,7 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
                 biases += part.output_biases if biases and len(adapters) > 1 else 0
                 ffns_with_biases.add(part.ffn_name)
             rows.append(part.summarized(state, score, sum(map(size_of, adapters)), biases if adapters else 0))
+    rows = [replace(row, fit_error=(config.fit_errors or {}).get(row.name)) for row in rows]
     note = first_layer_note(config, model, [row.name for row in rows if row.state in ("skipped", "kept")])
     search = SearchResult.of(getattr(config, "search", None))
     return _summary(model, rows, parts, size_of(model, added), note, search)
@@ -190,7 +192,8 @@ def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
         elif path not in compared:  # one FFN may stand behind several MHAs
             left = (0, size_of(model.get_submodule(path)) - size_of(before), 0)
             compared.add(path)
-        rows.append(part.summarized(state, scores.get(candidate), *left))
+        row = part.summarized(state, scores.get(candidate), *left)
+        rows.append(replace(row, fit_error=(facts.get("fit_errors") or {}).get(candidate)))
     return _summary(base, rows, parts, size_of(base), search=SearchResult.of(facts.get("search")))
 
 

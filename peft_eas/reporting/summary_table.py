@@ -21,6 +21,7 @@ class SummaryRow:
             is skipped. Parameters: the MHA's and those of the norms that are deleted with it, less the biases that
             folding PIA adds to the FFN, or PIA itself where it stays.
         added_parameters, added_flops: what the adapter of a kept MHA leaves in the same way.
+        fit_error: what `fit_adapters` left, as a share of what the block loses without the MHA; or None.
     """
 
     name: str
@@ -32,6 +33,7 @@ class SummaryRow:
     saved_flops: int
     added_parameters: int = 0
     added_flops: int = 0
+    fit_error: float | None = None
 
     @property
     def is_skipped(self) -> bool:
@@ -110,6 +112,9 @@ class Summary:
             ("total", count, "", *(f"{number:,}" for number in sums)),
             ("of the base model", "", "", *(f"{100 * part / whole:.2f} %" for part, whole in zip(sums, wholes))),
         ]
+        if any(row.fit_error is not None for row in self.rows):
+            errors = ("" if row.fit_error is None else f"{100 * row.fit_error:.0f} %" for row in self.rows)
+            lines = [(*line[:3], error, *line[3:]) for line, error in zip(lines, ("fit error", *errors, "", ""))]
         widths = [max(map(len, column)) for column in zip(*lines)]
         table = [
             "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))

@@ -107,6 +107,12 @@ class RewardSet:
         with preserved_random_state(seed), torch.no_grad(), evaluation_mode(trainer.model):
             self._open(dataset)
 
+    @property
+    def num_batches(self) -> int:
+        """How many batches this rank has until one begins anew."""
+        args = self.trainer.args
+        return max(1, len(self._order) // (args.world_size * min(args.eval_batch_size, len(self._order))))
+
     def loss(self, number: int) -> torch.Tensor:
         """Loss of the model as it is now on this rank's batch of round `number`."""
         if number != self._number:
