@@ -258,7 +258,7 @@ def test_the_config_keeps_what_is_left(tmp_path):
 # --- under Trainer ---------------------------------------------------------------------------------------------------
 
 
-def train(model: PeftModel, tmp_path, callback: EASCallback, caplog=None, **arguments) -> dict[str, torch.Tensor]:
+def train(model: PeftModel, tmp_path, callback: EASCallback, resume_from=None) -> dict[str, torch.Tensor]:
     """The adapters as they are when the first step begins."""
     first: dict[str, torch.Tensor] = {}
 
@@ -269,20 +269,11 @@ def train(model: PeftModel, tmp_path, callback: EASCallback, caplog=None, **argu
 
     samples = [{key: value[0] for key, value in make_inputs("llama", "cpu", seed=i).items()} for i in range(32)]
     samples = [{**sample, "labels": sample["input_ids"]} for sample in samples]
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_steps": 2,
-    }
-    trainer = Trainer(
-        model,
-        TrainingArguments(str(tmp_path), **{**settings, **arguments}),
-        train_dataset=samples,
-        callbacks=[callback, Note()],
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True, save_steps=2
     )
-    trainer.train()
+    trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[callback, Note()])
+    trainer.train(resume_from_checkpoint=resume_from)
     return first
 
 
@@ -342,13 +333,7 @@ def test_a_resumed_run_is_not_fitted_again(tmp_path):
     whole = searched()
     train(whole, tmp_path, EASCallback(**search))
     resumed = searched()
-    samples = [{key: value[0] for key, value in make_inputs("llama", "cpu", seed=i).items()} for i in range(32)]
-    samples = [{**sample, "labels": sample["input_ids"]} for sample in samples]
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True, save_steps=2
-    )
-    trainer = Trainer(resumed, arguments, train_dataset=samples, callbacks=[EASCallback(**search)])
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    train(resumed, tmp_path, EASCallback(**search), str(tmp_path / "checkpoint-2"))
     expected = {key: value for key, value in whole.state_dict().items() if ".eas_" in key}
     actual = {key: value for key, value in resumed.state_dict().items() if ".eas_" in key}
     assert expected.keys() == actual.keys()
