@@ -6,6 +6,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -18,12 +19,13 @@ from transformers.utils import logging
 
 from examples.search_quality import tuned
 from examples.search_quality.methods import METHODS, WITHOUT_SEARCH, choices_at, evolution
-from examples.search_quality.minilm import Queries
 from examples.search_quality.problem import Problem, Set, problem_of
 from examples.search_quality.report import write_report
 from examples.search_quality.runs import KEY, read_runs, read_scores, run, score_sets
 from examples.search_quality.smollm2 import read_text
+from examples.shared import minilm
 from examples.shared.json_lines import read_lines
+from examples.shared.minilm import Queries
 
 COSTS = (2.0, 0.02, 0.5, 0.01, 0.3, 0.04)  # of the log loss, by candidate
 NUM_SEARCH, NUM_HELD_OUT = 6, 2
@@ -266,8 +268,9 @@ def test_searches_and_every_set_are_tuned_once(monkeypatch: pytest.MonkeyPatch, 
 
     queries = Queries(PaddingTokenizer(), samples(48), samples(32), samples(40))
     monkeypatch.setattr(tuned, "load_queries", lambda folder: queries)
-    monkeypatch.setattr(tuned, "load_base", load_base)
-    for name, value in {"NUM_SKIP": 1, "STEPS": 30, "BATCH": 4, "SEEDS": (0,)}.items():
+    monkeypatch.setattr(minilm, "load_base", load_base)
+    monkeypatch.setattr(tuned, "minilm_task", partial(minilm.minilm_task, steps=30, batch_size=4))
+    for name, value in {"NUM_SKIP": 1, "SEEDS": (0,)}.items():
         monkeypatch.setattr(tuned, name, value)
     tuned.run(tmp_path, tmp_path)
     records = tuned.read_tuned(tmp_path)

@@ -9,22 +9,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model
-from torch import nn
 from tqdm import tqdm
 from transformers import set_seed
 
-from examples.search_quality.minilm import Queries, load_base, load_queries
 from examples.shared.json_lines import append_line, read_lines
-from examples.shared.task import Task, tune
+from examples.shared.minilm import load_queries, minilm_task
+from examples.shared.task import tune
 from peft_eas import EASCallback, EASConfig
-from peft_eas.evaluation import evaluation_mode
 from peft_eas.strategies import STRATEGIES
 
 NUM_SKIP = 3
-STEPS, BATCH, LEARNING_RATE = 240, 16, 2e-3
-NUM_HELD_OUT = 1024
 SEEDS = (0, 1, 2)  # of the searches; the given sets are tuned with the first
 KEY = ("strategy", "seed", "given")  # of a record; `given` is the set that was tuned from the start, or None
 
@@ -39,7 +34,7 @@ def read_tuned(folder: Path) -> list[Record]:
 def run(data: Path, folder: Path) -> None:
     """Makes the runs that are not made."""
     queries = load_queries(data)
-    task = _task(queries, folder / "minilm")
+    task = minilm_task(queries, folder / "minilm")
     candidates = get_peft_model(task.load_base(), EASConfig(num_skip=0, **task.eas)).base_model.candidates
     points = [(strategy, seed, None) for seed in SEEDS for strategy in STRATEGIES]
     points += [(None, SEEDS[0], list(one)) for one in combinations(range(len(candidates)), NUM_SKIP)]
@@ -57,34 +52,3 @@ def run(data: Path, folder: Path) -> None:
             found = [candidates.index(name) for name in model.base_model.skipped_modules]
             record = dict(zip(KEY, (strategy, seed, given))) | {"skipped": found, "steps": task.steps}
             append_line(folder / "tuned.jsonl", record | task.score(model))
-
-
-def _task(queries: Queries, base: Path) -> Task:
-    test = queries.held_out[:NUM_HELD_OUT]
-
-    @torch.no_grad()
-    def score(model: nn.Module) -> dict[str, float]:
-        losses, right = 0.0, 0
-        with evaluation_mode(model):
-            for start in range(0, len(test), 64):
-                batch = queries.collate(test[start : start + 64])
-                output = model(**batch)
-                losses += output.loss.item() * len(batch["labels"])
-                right += (output.logits.argmax(-1) == batch["labels"]).sum().item()
-        return {"accuracy": right / len(test), "loss": losses / len(test)}
-
-    return Task(
-        name="minilm-banking77",
-        load_base=lambda: load_base(queries, base),
-        train=queries.train,
-        reward=queries.search,
-        test=test,
-        collate=queries.collate,
-        score=score,
-        eas={"task_type": "SEQ_CLS", "r": 32, "attention_r": 8, "dropout": 0.0},
-        lora_targets=r".*\.(query|value)",
-        steps=STEPS,
-        batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        deployed_batch=lambda: queries.collate([{**sample, "labels": 0} for sample in test[:BATCH]]),
-    )

@@ -62,11 +62,13 @@ def banking77(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     num_test: int | None = None,
+    validate: bool = False,
     **settings: int | float,
 ) -> Task:
     """The task for a causal language model; `num_test` of the test queries, drawn at random, are answered.
 
-    `settings` take the place of `steps`, `batch_size` and `learning_rate`.
+    With `validate`, these are training queries, which are then not trained on: for a comparison that decides
+    something. `settings` take the place of `steps`, `batch_size` and `learning_rate`.
     """
     shuffle = random.Random(0).shuffle
 
@@ -80,7 +82,9 @@ def banking77(
 
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    train, test = examples("train.csv"), examples("test.csv")[:num_test]
+    train, test = examples("train.csv"), [] if validate else examples("test.csv")[:num_test]
+    if validate:
+        train, test = train[num_test:], train[:num_test]
     num_reward = max(1, round(HELD_BACK * len(train)))
     longest = max(len(answer) for _, answer in test)
     prompts = Collator(pad, prompt_only=True)

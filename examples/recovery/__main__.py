@@ -1,0 +1,84 @@
+"""What wins back the accuracy that skipping costs: an ablation of the adapters' start, and of the output adapter.
+
+    python -m examples.recovery --data BANKING77                     # MiniLM, three seeds; stop and start it at will
+    python -m examples.recovery --data BANKING77 --models smollm2 --seeds 0
+    python -m examples.recovery --report                             # only table and picture, from the finished runs
+
+A model is tuned with the same attentions skipped from the start, those that change least what passes them, for each of
+the variants in variants.py: same steps, same data, same seeds. The models are `minilm`, all-MiniLM-L6-v2 (6
+attentions) as a classifier of a bank's queries, and `smollm2`, SmolLM2-135M (30), which writes the query's intent.
+
+Each run is a line of runs.jsonl in --output-dir, and not made again. table.md and accuracy.png are written anew at the
+end.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from examples.recovery.report import write_report
+from examples.recovery.runs import run
+from examples.recovery.variants import VARIANTS
+from examples.shared.banking77 import banking77
+from examples.shared.minilm import load_queries, minilm_task
+from examples.shared.smollm2 import load_smollm2
+from examples.shared.task import Task
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the ablation.
+
+    Attributes:
+        load: makes the task, given BANKING77's folder and the output folder. sizes: numbers of attentions to skip.
+    """
+
+    load: Callable[[Path, Path], Task]
+    sizes: Sequence[int]
+
+
+def _minilm(data: Path, folder: Path) -> Task:
+    return minilm_task(load_queries(data), folder / "minilm", steps=300)
+
+
+def _smollm2(data: Path, folder: Path) -> Task:
+    return banking77(data, *load_smollm2(), num_test=500, validate=True, steps=300, batch_size=16)
+
+
+MODELS = {"minilm": Model(_minilm, (3, 5)), "smollm2": Model(_smollm2, (15, 22))}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="BANKING77's folder, with train.csv")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/recovery"))
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    if arguments.data is None and not arguments.report:
+        parser.error("--data DIR is needed, the folder of BANKING77; or --report")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.set_verbosity_error()
+    folder = arguments.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in () if arguments.report else arguments.models:
+        model = MODELS[name]
+        run(model.load(arguments.data, folder), model.sizes, arguments.variants, arguments.seeds, folder)
+    write_report(folder)
+    print((folder / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What examples.recovery writes: the table, and the picture of accuracies."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.recovery.runs import Record, read_runs
+from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
+from examples.shared.measure import markdown_table
+
+FIRST = next(iter(VARIANTS))
+Group = tuple[str, int]  # a model and a number of skipped attentions
+
+
+def write_report(folder: Path) -> None:
+    """Writes table.md and, where a run has skipped something, accuracy.png into `folder`."""
+    runs = read_runs(folder)
+    groups = sorted({(run["model"], run["num_skip"]) for run in runs if run["num_skip"]})
+    parts = [_table(runs, group) for group in groups] or ["No run is finished yet."]
+    if groups:
+        parts.append(
+            "Accuracy in percent on held-out training queries, mean ± standard deviation over the seeds. Won back: "
+            f'the share of what "{FIRST}" loses against nothing skipped that a variant does not lose. Seconds: the '
+            "median CPU time of a run, the fit included."
+        )
+        draw(runs, groups, folder / "accuracy.png")
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _accuracies(runs: Sequence[Record], group: Group, variant: str) -> list[float]:
+    """Of all seeds, in percent."""
+    point = (group[0], 0 if variant == NOTHING_SKIPPED else group[1], variant)
+    return [100 * run["accuracy"] for run in runs if (run["model"], run["num_skip"], run["variant"]) == point]
+
+
+def _table(runs: Sequence[Record], group: Group) -> str:
+    whole, first = (_accuracies(runs, group, variant) for variant in (NOTHING_SKIPPED, FIRST))
+    rows = [["", "accuracy", "won back", "trainable parameters", "seconds", "seeds"]]
+    for variant in (NOTHING_SKIPPED, *VARIANTS):
+        values = _accuracies(runs, group, variant)
+        if not values:
+            continue
+        own = [run for run in runs if run["variant"] == variant and run["num_skip"] in (0, group[1])]
+        own = [run for run in own if run["model"] == group[0]]
+        won = "—"
+        if whole and first and variant not in (NOTHING_SKIPPED, FIRST):
+            lost = statistics.mean(whole) - statistics.mean(first)
+            won = f"{100 * (statistics.mean(values) - statistics.mean(first)) / lost:.0f} %" if lost > 0 else "—"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        seconds = statistics.median(run["cpu_seconds"] for run in own)
+        trainable = f"{own[0]['trainable']:,}"
+        rows.append(
+            [variant, f"{statistics.mean(values):.2f}{spread}", won, trainable, f"{seconds:.0f}", str(len(values))]
+        )
+    steps = ", ".join(sorted({str(run["steps"]) for run in runs if run["model"] == group[0]}))
+    return f"## {group[0]}: {group[1]} skipped, {steps} steps\n\n{markdown_table(rows)}"
+
+
+def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
+    """Draws each run's accuracy, and the variants' means: a panel per model and number of skipped attentions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(3.4 * len(groups), 3.6), squeeze=False, layout="tight")
+    for panel, group in zip(panels[0], groups):
+        names = [name for name in VARIANTS if _accuracies(runs, group, name)]
+        for place, name in enumerate(names):
+            values = _accuracies(runs, group, name)
+            panel.plot([place] * len(values), values, "o", color="#56B4E9", zorder=3)
+            panel.plot([place - 0.25, place + 0.25], [statistics.mean(values)] * 2, color="#0072B2", linewidth=2.2)
+        whole = _accuracies(runs, group, NOTHING_SKIPPED)
+        if whole:
+            panel.axhline(statistics.mean(whole), color="black", linestyle="--", label=NOTHING_SKIPPED)
+            panel.legend(frameon=False, loc="lower right")
+        panel.set_xticks(range(len(names)), [name.replace(", ", ",\n").replace(" ", "\n") for name in names])
+        panel.set_title(f"{group[0]}, {group[1]} skipped")
+        panel.set_ylabel("accuracy, %")
+        panel.grid(axis="y", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,66 @@
+"""The runs: each is a model that is tuned with some attentions skipped from the start, and a line of runs.jsonl."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import set_seed
+
+from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS, Variant
+from examples.shared.json_lines import append_line, read_lines
+from examples.shared.measure import num_parameters
+from examples.shared.task import Task, tune
+from peft_eas import EASCallback, EASConfig, attention_similarities
+
+KEY = ("model", "num_skip", "variant", "seed")  # of a record: what tells a run from others
+FIT_TOKENS = 8192
+NUM_COMPARED = 256  # samples that the attentions are compared on
+
+Record = dict[str, Any]
+
+
+def read_runs(folder: Path) -> list[Record]:
+    """The finished runs."""
+    return read_lines(folder / "runs.jsonl")
+
+
+def run(task: Task, sizes: Sequence[int], names: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
+    """Makes the runs that are not made: of each variant of `names`, for each number of skipped attentions."""
+    order = _most_similar(task)
+    points = [(task.name, k, name, seed) for seed in seeds for k in sizes for name in names]
+    points += [(task.name, 0, NOTHING_SKIPPED, seed) for seed in seeds]
+    done = [tuple(record[key] for key in KEY) for record in read_runs(folder)]
+    with tqdm([point for point in points if point not in done], desc=task.name, unit="run") as bar:
+        for point in bar:
+            _, k, name, seed = point
+            bar.set_postfix_str(f"{k} skipped, {name}, seed {seed}")
+            record = dict(zip(KEY, point)) | {"skipped": order[:k]}
+            append_line(folder / "runs.jsonl", record | _tuned(task, order[:k], VARIANTS.get(name), seed))
+
+
+def _most_similar(task: Task) -> list[str]:
+    """The candidates, those that change least what passes them first: a choice that favours no variant."""
+    model = get_peft_model(task.load_base(), EASConfig(num_skip=1, **task.eas))
+    samples = [task.reward[i] for i in range(min(NUM_COMPARED, len(task.reward)))]
+    starts = range(0, len(samples), task.batch_size)
+    similarities = attention_similarities(model, [task.collate(samples[i : i + task.batch_size]) for i in starts])
+    return sorted(similarities, key=similarities.get, reverse=True)
+
+
+def _tuned(task: Task, skipped: list[str], variant: Variant | None, seed: int) -> Record:
+    variant = variant or Variant()
+    set_seed(seed)  # of the adapters' first weights
+    model: PeftModel = get_peft_model(
+        task.load_base(), EASConfig(skipped_modules=skipped, **{**task.eas, **variant.options()})
+    )
+    figures = {"trainable": num_parameters(model, trainable=True), "steps": task.steps}
+    callback = EASCallback(fit_tokens=FIT_TOKENS if variant.fit else 0)
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as outputs:
+        tune(model, task, Path(outputs), seed, [callback], progress=False)
+    figures["cpu_seconds"] = round(time.process_time() - started, 1)
+    return figures | {name: round(value, 5) for name, value in task.score(model).items()}

@@ -1,0 +1,30 @@
+"""The ways to win back what skipping costs that are held against each other."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the adapters of skipped attentions are made and trained.
+
+    Attributes:
+        output_r: rank of the output adapters. fit: whether they begin from a fit, else as the identity.
+    """
+
+    output_r: int = 0
+    fit: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `EASConfig`."""
+        return {"output_r": self.output_r}
+
+
+PAPER = Variant()
+VARIANTS = {
+    "identity": PAPER,
+    "output adapter": replace(PAPER, output_r=32),
+    "fit": replace(PAPER, fit=True),
+    "fit, output adapter": replace(PAPER, output_r=32, fit=True),
+}
+NOTHING_SKIPPED = "nothing skipped"
