@@ -77,6 +77,25 @@ def test_groups_have_their_own_part_of_the_rank():
         torch.testing.assert_close(actual, alone.left @ alone.right, rtol=1e-3, atol=1e-4)
 
 
+def test_units_that_a_fit_has_no_use_for_begin_as_they_were_drawn():
+    torch.manual_seed(0)
+    model = get_peft_model(build_model("llama"), EASConfig(num_skip=1, r=80, output_r=40, attention_r=0))
+    drawn = copy.deepcopy(model.state_dict())
+    fit_adapters(model, [make_inputs("llama", "cpu", batch=8)], progress_bar=False)
+    layer = model.base_model.model.model.layers[1].mlp
+    pia, output = layer.eas_pia["default"], layer.base_layer.down_proj.eas_output["default"]
+    key = "base_model.model.model.layers.1.mlp."
+    before = drawn[f"{key}base_layer.down_proj.eas_output.default.down"]
+    d = layer.base_layer.down_proj.base_layer.out_features  # 32: the least of both widths
+    assert torch.equal(output.down[d:], before[d:])
+    assert not torch.equal(output.down[:d], before[:d])
+    assert not output.up.weight[:, d:].any()
+    before = drawn[f"{key}eas_pia.default.token_down.weight"].unflatten(0, (2, -1))
+    after = pia.token_down.weight.unflatten(0, (2, -1))
+    assert torch.equal(after[:, d // 2 :], before[:, d // 2 :])
+    assert not pia.up[0].weight[:, d // 2 :].any()
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_few_tokens_leave_finite_numbers(tokens):
     x, y = torch.randn(tokens, 6), torch.randn(tokens, 4)

@@ -261,7 +261,7 @@ def _gather(
 @exact
 def _set_routed(adapter: RoutedAdapter, update: LowRankMap) -> None:
     """Makes an adapter the map `update`, whatever the context. The context path begins at zero."""
-    left, right = _balanced(update)
+    left, right = _balanced(update, adapter.token_down.weight)
     share = 0.5 if adapter.has_context_path else 1.0
     _write(adapter.token_down.weight, right)
     adapter.token_down.bias.zero_()
@@ -277,17 +277,27 @@ def _set_routed(adapter: RoutedAdapter, update: LowRankMap) -> None:
 
 @exact
 def _set_output(adapter: OutputAdapter, update: LowRankMap) -> None:
-    left, right = _balanced(update)
+    left, right = _balanced(update, adapter.down)
     _write(adapter.down, right)
     _write(adapter.up.weight, left / adapter.scale)
     _write(adapter.up.bias, update.shift / adapter.scale)
 
 
-def _balanced(update: LowRankMap) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors of its product, each of the same size, so that both learn at one learning rate."""
+def _balanced(update: LowRankMap, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both factors of its product, each of the same size, so that both learn at one learning rate.
+
+    Where the fit has no use for a unit of the bottleneck, it begins as it was drawn.
+    """
     sizes = update.right.norm(dim=1), update.left.norm(dim=0)
-    ratio = (sizes[1] / sizes[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
-    return update.left / ratio, update.right * ratio[:, None]
+    is_used = (sizes[0] > 0) & (sizes[1] > 0)
+    ratio = torch.where(is_used, sizes[1] / sizes[0], 1.0).sqrt()
+    right = torch.where(is_used[:, None], update.right * ratio[:, None], _whole(drawn).to(update.right))
+    return torch.where(is_used, update.left / ratio, 0.0), right
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter, put together if it lies in shards."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:

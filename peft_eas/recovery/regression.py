@@ -85,6 +85,7 @@ class Moments:
         lefts, rights = [], []
         for part in (slice(start, start + width) for start in range(0, len(mean_y), width)):
             leading = torch.linalg.eigh(fitted[part, part]).eigenvectors[:, -rank:]
+            leading = torch.nn.functional.pad(leading, (0, rank - leading.shape[1]))  # more rank than width
             lefts.append(leading)
             rights.append((solution[:, part] @ leading).T)
         left, right = torch.block_diag(*lefts), torch.cat(rights)
