@@ -1,5 +1,7 @@
 """The output adapter: what it adds, where it stands, and its fold; test_architectures.py has it in all families."""
 
+import json
+
 import families
 import pytest
 import torch
@@ -148,13 +150,43 @@ def test_the_summary_counts_it_and_its_biases():
     ]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_a_mixture_of_experts_takes_none(name):
-    base = ARCHITECTURES[name].build()
+def test_a_mixture_of_experts_takes_none():
+    base = ARCHITECTURES["mixtral"].build()
     names = [module for module, _ in base.named_modules()]
-    with pytest.raises(ValueError, match=r"output_r=4 asks for .* behind model\.layers\.\d\.self_attn, but .*experts"):
+    with pytest.raises(ValueError, match=r"output_r=4 asks for adapters .* names none in this model; a mixture of"):
         get_peft_model(base, EASConfig(num_skip=1, output_r=4))
     assert [module for module, _ in base.named_modules()] == names
+    model = get_peft_model(base, EASConfig(num_skip=1))
+    assert model.peft_config["default"].output_r == 0
+    assert not any(isinstance(module, OutputLayer) for module in model.modules())
+
+
+def test_where_some_blocks_are_mixtures_the_others_get_one():
+    model = get_peft_model(ARCHITECTURES["deepseek_v3"].build(), EASConfig(num_skip=1, output_r=4))
+    layers = [module for module in model.modules() if isinstance(module, OutputLayer)]
+    assert [layer.candidate.name for layer in layers] == ["model.layers.0.self_attn"]
+
+
+def test_the_rank_is_that_of_pia_by_default(tmp_path):
+    model = llama(output_r=None)
+    assert model.peft_config["default"].output_r == 8
+    ranks = [len(p) for name, p in model.named_parameters() if name.endswith("eas_output.default.down")]
+    assert ranks == [8, 8]
+    model.save_pretrained(tmp_path)
+    assert EASConfig.from_pretrained(tmp_path).output_r == 8
+
+
+def test_an_adapter_of_an_earlier_version_has_none(tmp_path):
+    model = llama(output_r=0, init_weights=False, context="running")
+    inputs = make_inputs("llama", "cpu")
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["output_r"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path).eval()
+    assert torch.equal(loaded(**inputs).logits, expected)
+    assert not any(isinstance(module, OutputLayer) for module in loaded.modules())
 
 
 def test_a_row_without_its_place_takes_none(monkeypatch):
@@ -165,6 +197,7 @@ def test_a_row_without_its_place_takes_none(monkeypatch):
     monkeypatch.setitem(TABLE, "LlamaDecoderLayer", replace(TABLE["LlamaDecoderLayer"], output_projection=None))
     with pytest.raises(ValueError, match="name output_projection"):
         llama()
+    assert not any(isinstance(module, OutputLayer) for module in llama(output_r=None).modules())
     monkeypatch.setitem(TABLE, "LlamaDecoderLayer", replace(TABLE["LlamaDecoderLayer"], output_projection="mlp.down"))
     with pytest.raises(ValueError, match=r"names 'mlp\.down', but .* no such module"):
         llama()

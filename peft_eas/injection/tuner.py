@@ -13,7 +13,14 @@ from ..config import EASConfig
 from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer, OutputLayer
 from ..runtime.prompt_hook import PromptHook
 from ..runtime.skipped import slot_of
-from .checks import check_base, check_other_methods, check_skip_fields, check_state_dict, warn_of_untrained_head
+from .checks import (
+    check_base,
+    check_other_methods,
+    check_skip_fields,
+    check_state_dict,
+    has_output_projection,
+    warn_of_untrained_head,
+)
 from .targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
 from .trained_tokens import check_trained_tokens, complete_wrappers, copy_tokens
 
@@ -85,6 +92,10 @@ class InjectingTuner(BaseTuner):
         self._check_name_is_free(name, peft_config, present)
         check_trained_tokens(peft_config, model)
         warn_of_untrained_head(peft_config, model)
+        if peft_config.output_r is None:
+            # An adapter that was saved by an earlier version knows its base's shape, and no such rank.
+            has_one = peft_config.base_shape is None and has_output_projection(targets)
+            peft_config.output_r = peft_config.r if has_one else 0
         peft_config.base_shape = shape
         self._targets = set(targets)
         if peft_config.target_modules is None:
@@ -154,7 +165,7 @@ class InjectingTuner(BaseTuner):
         for other in self._candidates.values():  # of one FFN's wrappers none is left out, so that weights keep names
             if other.block == candidate.block and other.architecture.ffn == row.ffn:
                 wrappers.append((other, row.ffn, FFNLayer))
-                if peft_config.output_r:
+                if peft_config.output_r and row.output_projection is not None:
                     wrappers.append((other, row.output_projection, OutputLayer))
         for owner, path, wrapper in wrappers:
             parent, child = _place(block, path)
