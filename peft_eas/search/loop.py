@@ -194,6 +194,7 @@ class EASSearch:
             self.eas.fix_skipped_modules(self.eas.candidates)
         if self.is_searching and optimizer is not None:
             _begin_all_states(optimizer)
+        self._anneal_context(0.0)
         self._end_step()  # a run before may have been interrupted within one
         if state is not None:
             self.load_state_dict(state)
@@ -401,6 +402,7 @@ class EASSearch:
         try:
             return self.held_out(sets, number)
         finally:
+            self._anneal_context(0.0)
             self._end_step()
 
     def _pass_on_steps(self) -> None:
@@ -445,8 +447,9 @@ class EASSearch:
         self._has_begun = False
         if isinstance(self.eas, EASModel):
             self.eas.end_step()
-        self._anneal_context(0.0)
-        if self.is_searching:
+        else:
+            self._anneal_context(0.0)
+        if self.is_searching and list(self.eas.skipped_modules) != self.strategy.best():
             self.eas.set_skipped_modules(self.strategy.best())
 
     def _anneal_context(self, share: float) -> None:
