@@ -12,7 +12,7 @@ import torch
 
 from .config import EASConfig
 from .injection.checks import check_names
-from .layers import RoutedLayer
+from .layers import AdaptedLayer, RoutedLayer
 from .merging import MergingTuner
 from .runtime.adapter import RoutedAdapter
 
@@ -28,7 +28,8 @@ class EASModel(MergingTuner):
         ValueError: for a config that does not fit the model; the model is left as it was.
     """
 
-    _step: tuple[str, list[str]] | None = None
+    # Of a step that is under way: the adapter's name, what it skips, and its parts that are annealed.
+    _step: tuple[str, list[str], list[RoutedAdapter]] | None = None
 
     # --- one adapter at a time ---------------------------------------------------------------------------------------
 
@@ -102,8 +103,7 @@ class EASModel(MergingTuner):
         Raises:
             ValueError: for a share out of range.
         """
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"anneal_context({share!r}): the share of the running mean must be from 0.0 to 1.0.")
+        _check_share(share)
         for adapter in self._contextual_adapters():
             adapter.anneal(share)
 
@@ -152,19 +152,19 @@ class EASModel(MergingTuner):
             ValueError: for a name that is no candidate or is repeated; for an MHA that lacks the adapter it needs,
                 because it was dropped; while adapters are merged.
         """
-        names = self._checked_skip_set(names)
+        names = self._checked_skip_set(names, list(self._adapted_layers()))
         self.end_step()
         for name in self.candidates:
             skipped_by = self._candidates[name].skipped_by
             (skipped_by.add if name in names else skipped_by.discard)(self._active_name)
         self.active_config.note_skipped_modules(self.skipped_modules)
 
-    def _checked_skip_set(self, names: Sequence[str]) -> list[str]:
+    def _checked_skip_set(self, names: Sequence[str], layers: list[AdaptedLayer]) -> list[str]:
         self._check_in_place()
         names = check_names(names, self.candidates)
-        if any(layer.merged for layer in self._layers()):
+        if any(layer.merged for layer in layers):
             raise ValueError("The adapters are merged, so the skip set cannot change. Call unmerge_adapter() first.")
-        for layer in self._adapted_layers():
+        for layer in layers:
             if layer.lacks_adapter(self._active_name, skip=layer.candidate.name in names):
                 state = "skipped" if layer.stands_for_skipped else "kept"
                 raise ValueError(
@@ -201,27 +201,32 @@ class EASModel(MergingTuner):
         Raises:
             ValueError: as `set_skipped_modules` and `anneal_context`; nothing is changed then.
         """
-        names = self._checked_skip_set(names)
+        layers = list(self._adapted_layers())
+        names = self._checked_skip_set(names, layers)
+        _check_share(share)
         self.end_step()
-        self.anneal_context(share)
-        self._step = self._active_name, names
+        self._step = self._active_name, names, []
         self._put_step_in_force(True)
+        for layer in layers:
+            for adapter in layer.used_adapters([self._active_name]) if isinstance(layer, RoutedLayer) else ():
+                if adapter.needs_context:
+                    adapter.anneal(share)
+                    self._step[2].append(adapter)
 
     def end_step(self) -> None:
         """Ends what `begin_step` has begun, if anything."""
         if self._step is not None:
-            for adapter in self._put_step_in_force(False):
+            self._put_step_in_force(False)
+            for adapter in self._step[2]:
                 adapter.anneal(0.0)
             self._step = None
 
-    def _put_step_in_force(self, in_force: bool) -> list[RoutedAdapter]:
-        adapter_name, names = self._step
+    def _put_step_in_force(self, in_force: bool) -> None:
+        adapter_name, names, adapters = self._step
         for candidate in self._candidates.values():
             candidate.drawn = {adapter_name: candidate.name in names} if in_force else {}
-        adapters = self._adapters_named(adapter_name)
         for adapter in adapters:
             adapter.is_annealing_paused = not in_force
-        return adapters
 
     def train(self, mode: bool = True) -> "EASModel":
         """As of `nn.Module`; see `begin_step`."""
@@ -229,3 +234,8 @@ class EASModel(MergingTuner):
         if self._step is not None:
             self._put_step_in_force(mode)
         return self
+
+
+def _check_share(share: float) -> None:
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"anneal_context({share!r}): the share of the running mean must be from 0.0 to 1.0.")

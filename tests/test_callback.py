@@ -13,6 +13,7 @@ from training import ARGUMENTS, NAMES, SCHEDULE, Sentences, Watcher, make_model,
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_eas import EASCallback, EASConfig
+from peft_eas.runtime.adapter import RoutedAdapter
 from peft_eas.search.check import NUM_BATCHES
 from peft_eas.strategies import restored
 
@@ -170,12 +171,14 @@ def test_a_run_stopped_within_a_step_leaves_no_contexts_annealed(tmp_path, step)
     trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), gradient_accumulation_steps=2)
     trainer.add_callback(Stop())
     shares = []
-    anneal = trainer.model.base_model.anneal_context
-    trainer.model.base_model.anneal_context = lambda share: anneal(share) or shares.append(share)
+    begin_step = trainer.model.base_model.begin_step
+    trainer.model.base_model.begin_step = lambda names, share: begin_step(names, share) or shares.append(share)
     trainer.train()
     assert trainer.state.global_step == step
-    assert shares[-2] > 0.3
-    assert shares[-1] == 0.0
+    assert shares[-1] > 0.3
+    adapters = [module for module in trainer.model.modules() if isinstance(module, RoutedAdapter)]
+    contexts = torch.rand(2, len(adapters[0].running_context))
+    assert all(torch.equal(adapter.annealed(contexts), contexts) for adapter in adapters)
 
 
 def test_a_run_stopped_early_ends_the_search(tmp_path, caplog):

@@ -11,7 +11,7 @@ from skippable import Blocks
 from training import SCHEDULE, Sentences, make_model, make_trainer
 
 from peft_eas import EASCallback, EASConfig, EASSearch
-from peft_eas.search.check import _increase
+from peft_eas.search.check import log_increase
 from peft_eas.search.savings import Savings
 
 OPEN = {"num_skip": None}
@@ -110,12 +110,12 @@ def test_a_loss_decides_by_what_was_measured(free) -> None:
 
 def test_the_rise_of_a_loss_is_that_of_its_mean() -> None:
     nothing, losses = [0.5, 1.5, math.nan, 1.0], [0.6, 1.6, 1.0, 1.1]
-    increase, error = _increase(nothing, losses)
+    increase, error = log_increase(nothing, losses)
     assert increase == pytest.approx(math.log(1.1))
     differences = [0.6 / 1.1 - 0.5, 1.6 / 1.1 - 1.5, 0.0]
     assert error == pytest.approx(statistics.stdev(differences) / math.sqrt(3))
-    assert _increase([1.0, -1.0, 1.0], [1.0, 1.0, 1.0]) is None
-    assert _increase([1.0, math.inf], [1.0, 1.0]) is None
+    assert log_increase([1.0, -1.0, 1.0], [1.0, 1.0, 1.0]) is None
+    assert log_increase([1.0, math.inf], [1.0, 1.0]) is None
 
 
 def test_what_cannot_be_reached_is_an_error_that_names_what_can() -> None:

@@ -195,15 +195,16 @@ def run_search(search: EASSearch, losses) -> None:
 SHORT = {"search_steps": 0.8, "warmup_steps": 0, "interval": 1}
 
 
-def test_a_search_that_has_not_settled_is_warned_of(caplog) -> None:
+@pytest.mark.parametrize(("interval", "ways"), [(1, "a higher search_steps"), (2, "a lower interval, a higher")])
+def test_a_search_that_has_not_settled_is_warned_of(interval, ways, caplog) -> None:
     """The losses are noise."""
-    search = begin(20, Blocks(), **SHORT)
+    search = begin(20, Blocks(), **{**SHORT, "interval": interval})
     generator = random.Random(0)
     run_search(search, lambda names: generator.uniform(1.0, 3.0))
     (text,) = caplog.messages
-    assert "after 16 rounds the choice has not settled: another set of 2 of 5" in text
+    assert f"after {16 // interval} rounds the choice has not settled: another set of 2 of 5" in text
     gain = 1 - math.exp(-search.figures()["eas/expected_gain"])
-    assert f"may well have a loss that is lower by {gain:.1%}. Give the search more rounds" in text
+    assert f"may well have a loss that is lower by {gain:.1%}. Give the search more rounds ({ways}" in text
 
 
 @pytest.mark.parametrize("reward", ["relative", "exp"])

@@ -83,7 +83,7 @@ def test_several_adapters_are_added_up():
     torch.manual_seed(2)
     model.add_adapter("second", EASConfig(skipped_modules=SKIP, r=8, output_r=2, **options))
     torch.manual_seed(3)
-    model.add_adapter("third", EASConfig(skipped_modules=SKIP, r=8, **options))
+    model.add_adapter("third", EASConfig(skipped_modules=SKIP, r=8, output_r=0, **options))
     block = model.eval().base_model.model.model.layers[1]
     layer = block.mlp.base_layer.down_proj
     h = torch.randn(5, layer.base_layer.in_features)

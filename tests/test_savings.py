@@ -174,6 +174,19 @@ def test_a_norm_that_a_post_norm_block_keeps_is_not_saved(monkeypatch: pytest.Mo
     assert measured_speedup(model, [name], inputs).median == pytest.approx(40 / 33) == savings.speedup([name])
 
 
+def test_decoding_does_not_call_the_encoders_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So they save time in the prompt's pass alone."""
+    model = make("bart", target_modules=r".*\.encoder\..*self_attn")
+    clock, base = Clock(monkeypatch), model.get_base_model().model
+    for layer in base.encoder.layers:
+        clock.add(layer.self_attn.base_layer.out_proj, lambda x: 7.0)
+    for layer in base.decoder.layers:
+        clock.add(layer.fc2, lambda x: 10.0)
+    savings = measure_time(model, ARCHITECTURES["bart"].make_inputs(), new_tokens=3)
+    assert savings.base == pytest.approx(2 * 7 + 2 * 10 + 3 * 2 * 10)
+    assert list(savings.saved.values()) == pytest.approx([7.0, 7.0])
+
+
 # --- shapes, and what stays as it was --------------------------------------------------------------------------------
 
 

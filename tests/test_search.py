@@ -13,7 +13,8 @@ from skippable import USELESS, Blocks, Points
 from torch import nn
 from training import NAMES, SCHEDULE, Sentences, Watcher, assert_equal, make_model, make_trainer, weights
 
-from peft_eas import EASCallback, EASSearch, Skippable
+from peft_eas import EASCallback, EASModel, EASSearch, Skippable
+from peft_eas.layers import FFNLayer
 from peft_eas.runtime.adapter import RoutedAdapter
 from peft_eas.search.check import NUM_BATCHES
 from peft_eas.search.schedule import SETTINGS
@@ -166,6 +167,14 @@ def test_between_steps_the_best_set_is_skipped() -> None:
     assert len(set(run.skipped)) > 1
 
 
+def test_a_copy_made_within_a_step_ends_its_own() -> None:
+    model = begin_step().model
+    copied = copy.deepcopy(model)
+    copied.base_model.end_step()
+    assert by_prompts(copied)
+    assert not by_prompts(model)
+
+
 def test_micro_batches_of_a_step_share_its_set() -> None:
     run, sets = Run(), []
     for number, batch in enumerate(TRAINING):
@@ -184,32 +193,31 @@ def test_micro_batches_of_a_step_share_its_set() -> None:
 def test_the_running_context_takes_ever_more_of_the_prompts_place() -> None:
     """In training from the warm-up's end (4) to the freeze (16), in rewards as far as that is; nowhere else."""
     run = Run()
-    eas, shares, between, calls = run.model.base_model, {True: [], False: []}, [], [0.0]
-    anneal = eas.anneal_context
-    eas.anneal_context = lambda share: anneal(share) or calls.append(share)
-    run.model.register_forward_pre_hook(lambda module, args: shares[module.training].append(calls[-1]))
+    calls = shares_of(run.model.base_model)
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    run.model.register_forward_pre_hook(lambda module, args: shares[module.training].append([0.0, *calls][-1]))
     for batch in TRAINING:
         run.train([batch])
-        between.append(calls[-1])
+        assert by_prompts(run.model)
+        calls.clear()
     assert shares[True] == pytest.approx([0.0] * 5 + [step / 12 for step in range(1, 12)] + [0.0] * 4)
     rewards, check = shares[False][:-8], shares[False][-8:]
     sizes = [len(entry["sets"]) for entry in run.search.strategy.rounds]
     shares_of_rounds = zip((2 / 12, 4 / 12, 6 / 12, 8 / 12), sizes, strict=True)
     assert rewards == pytest.approx([share for share, size in shares_of_rounds for _ in range(size)])
     assert check == pytest.approx([8 / 12] * 2 * NUM_BATCHES)
-    assert between == [0.0] * STEPS
 
 
 def test_with_a_fixed_set_the_context_is_annealed_too() -> None:
     """From the start where it is frozen before rewards would have begun; a freeze beyond the run is refused."""
     search = EASSearch(make_model(num_skip=None, skipped_modules=[NAMES[1]]), 10, warmup_steps=0.5)
-    shares: list[float] = []
-    search.eas.anneal_context = shares.append
+    shares = shares_of(search.eas)
     for _ in range(4):
         search.before_step()
         search.model.train()(**TRAINING[0])
         search.after_step()
-    assert shares == pytest.approx([0.0, 0.0, 1 / 3, 0.0, 2 / 3, 0.0])
+        assert by_prompts(search.model)
+    assert shares == pytest.approx([0.0, 1 / 3, 2 / 3])
     assert search.phase == "frozen"
     with pytest.raises(ValueError, match=r"'search_end' is step 100 \(search_steps=100\), beyond a run of 10 steps"):
         EASSearch(make_model(num_skip=None, skipped_modules=[NAMES[1]]), 10, search_steps=100)
@@ -217,8 +225,7 @@ def test_with_a_fixed_set_the_context_is_annealed_too() -> None:
 
 def test_without_a_freeze_the_context_stays_the_prompt() -> None:
     run = Run(freeze_context_at=None)
-    shares: list[float] = []
-    run.model.base_model.anneal_context = shares.append
+    shares = shares_of(run.model.base_model)
     assert run.train().search.phase == "tune"
     assert set(shares) == {0.0}
     assert run.model.peft_config["default"].context == "prompt"
@@ -272,6 +279,15 @@ def test_modes_come_back_after_an_error() -> None:
     assert by_prompts(run.model)
 
 
+def shares_of(eas: EASModel) -> list[float]:
+    """The shares by which contexts are annealed from now on."""
+    shares: list[float] = []
+    begin_step, anneal_context = eas.begin_step, eas.anneal_context
+    eas.begin_step = lambda names, share: shares.append(share) or begin_step(names, share)
+    eas.anneal_context = lambda share: shares.append(share) or anneal_context(share)
+    return shares
+
+
 def by_prompts(model: PeftModel) -> bool:
     """Whether the contexts are each prompt's own again."""
     adapters = [module for module in model.modules() if isinstance(module, RoutedAdapter)]
@@ -306,13 +322,17 @@ def test_a_step_that_is_not_ended_leaves_no_contexts_annealed() -> None:
 
 def test_micro_batches_of_a_step_are_annealed_to_the_same_context() -> None:
     run = Run().train(TRAINING[:8])
-    one = next(module for module in run.model.modules() if isinstance(module, RoutedAdapter))
-    seen = []
+    run.search.before_step()
+    name = run.model.base_model.skipped_modules[0]
+    layers = (module for module in run.model.modules() if isinstance(module, FFNLayer))
+    one = next(layer for layer in layers if layer.candidate.name == name).adapters["default"]
+    context, seen = torch.ones(1, len(one.running_context)), []
     for _ in range(2):
         run.search.before_step()
-        seen.append(one.annealed(torch.ones(1, len(one.running_context))))
+        seen.append(one.annealed(context))
         one.record(torch.rand(1, len(one.running_context)))
     assert torch.equal(*seen)
+    assert not torch.equal(seen[0], context)
 
 
 def test_stopped_early_it_skips_the_best_set(caplog) -> None:

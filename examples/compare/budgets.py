@@ -11,7 +11,6 @@ model is then timed against the base, in turns.
 
 import argparse
 import copy
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +25,8 @@ from examples.compare.tasks import TASKS
 from examples.shared.measure import markdown_table, quartiles, time_models
 from examples.shared.task import Task
 from peft_eas import EASConfig, EASSearch, measure_time
+from peft_eas.reporting.search_result import increase_text
+from peft_eas.search.check import log_increase
 
 Batches = Sequence[dict[str, torch.Tensor]]
 
@@ -79,14 +80,6 @@ def losses_of(model: nn.Module, names: Sequence[str], batches: Batches) -> list[
     return [float(model(**batch).loss) for batch in batches]
 
 
-def rise(before: Sequence[float], after: Sequence[float]) -> str:
-    """By how much the mean loss has risen, with its standard error over the batches."""
-    share = statistics.fmean(after) / statistics.fmean(before)
-    differences = [b - share * a for a, b in zip(before, after)]
-    error = statistics.stdev(differences) / math.sqrt(len(before)) / statistics.fmean(before)
-    return f"{share - 1:+.1%} ± {error:.1%}"
-
-
 def row(task: Task, share: float, rounds: int, seed: int, name: str, value: float) -> tuple[str, ...]:
     """A line of the table."""
     whole, model, finder = search(task, share, seed, **{name: value})
@@ -94,16 +87,17 @@ def row(task: Task, share: float, rounds: int, seed: int, name: str, value: floa
     _, others = halves(task)
     nothing = losses_of(whole, [], others)
     more = finder.strategy.best(min(len(chosen) + 1, len(finder.strategy.candidates)))
-    points = [rise(nothing, losses_of(whole, names, others)) for names in (chosen, more)]
+    points = [log_increase(nothing, losses_of(whole, names, others)) for names in (chosen, more)]
     stated = next((p for p in finder.state_dict()["measured"] if p["num_skip"] == len(chosen)), None)
-    told = "" if stated is None else f"{math.expm1(stated['increase']):+.1%} ± {stated['deviation']:.1%}"
+    points.insert(0, stated and (stated["increase"], stated["deviation"]))
+    rises = ["" if point is None else increase_text(point[0], "log loss", point[1]) for point in points]
     merged = model.merge_and_unload().eval()
     models = {"base": task.load_base().eval(), "merged": merged}
     seconds = time_models(models, task.deployed_batch(), rounds)["prefill"]
     low, median, high = quartiles([base / own for base, own in zip(seconds["base"], seconds["merged"])])
     count = f"{len(chosen)} of {len(finder.strategy.candidates)}"
     before = f"{statistics.fmean(nothing):.4f}"
-    return (task.name, f"{name}={value:g}", count, before, told, *points, f"{median:.3f} ({low:.3f} to {high:.3f})")
+    return (task.name, f"{name}={value:g}", count, before, *rises, f"{median:.3f} ({low:.3f} to {high:.3f})")
 
 
 def main() -> None:

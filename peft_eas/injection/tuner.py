@@ -10,7 +10,8 @@ from torch import nn
 
 from ..architectures import at_path, join, rows_of
 from ..config import EASConfig
-from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer, OutputLayer
+from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer, OutputAdapter, OutputLayer
+from ..runtime.adapter import RoutedAdapter
 from ..runtime.prompt_hook import PromptHook
 from ..runtime.skipped import slot_of
 from .checks import (
@@ -44,7 +45,16 @@ class InjectingTuner(BaseTuner):
         super().__init__(model, *args, **kwargs)
 
     def _layers(self) -> Iterator[EASLayer]:
-        return (module for module in self.model.modules() if isinstance(module, EASLayer))
+        """All wrappers, in the model's order. Each step of a search asks for them."""
+        waiting, seen = [self.model], set()
+        while waiting:
+            module = waiting.pop()
+            if module in seen or isinstance(module, (RoutedAdapter, OutputAdapter)):  # in which there are none
+                continue
+            seen.add(module)
+            if isinstance(module, EASLayer):
+                yield module
+            waiting.extend(part for part in reversed(module._modules.values()) if part is not None)
 
     def _adapted_layers(self) -> Iterator[AdaptedLayer]:
         return (layer for layer in self._layers() if isinstance(layer, AdaptedLayer))

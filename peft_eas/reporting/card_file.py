@@ -5,6 +5,7 @@ from gives way.
 """
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,15 @@ def _listed(value: Any) -> list[str]:
 
 def _is_unfilled(text: str) -> bool:
     """Whether a card's text is empty, or the template without anything that a person has written into it."""
-    template = ModelCard.from_template(ModelCardData()).text.splitlines()
     by_machine = (
         "### Framework versions",
         PEFT_VERSION,
         "This is the model card of a 🤗 transformers model that has been",
     )
     lines = [line for line in text.splitlines() if line and not line.startswith(by_machine)]
-    return not set(lines) - set(template)
+    return _template_lines().issuperset(lines)
+
+
+@cache
+def _template_lines() -> frozenset[str]:
+    return frozenset(ModelCard.from_template(ModelCardData()).text.splitlines())

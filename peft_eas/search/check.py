@@ -27,7 +27,7 @@ def checked_choice(strategy: ThompsonSampling, losses: Losses, step: int) -> tup
     """
     chosen = strategy.best()
     if strategy.goal.kind != "cost":
-        found = _increase(*_measured(chosen, losses, len(strategy.rounds), NUM_BATCHES)) if chosen else None
+        found = log_increase(*_measured(chosen, losses, len(strategy.rounds), NUM_BATCHES)) if chosen else None
         return chosen, [] if found is None else [_point(chosen, found)]
     within, points = [], {}
     most = len(strategy.candidates) + 1  # too many
@@ -39,7 +39,7 @@ def checked_choice(strategy: ThompsonSampling, losses: Losses, step: int) -> tup
         nothing, own = _measured(names, losses, len(strategy.rounds), NUM_DECIDING_BATCHES)
         for pair in zip(nothing, own):
             strategy.update([[], names], pair, step)
-        found = _increase(nothing, own)
+        found = log_increase(nothing, own)
         if found is not None:
             points[size] = _point(names, found)
         if found is not None and found[0] <= strategy.goal.amount:
@@ -59,7 +59,7 @@ def _point(names: list[str], found: tuple[float, float]) -> dict[str, float]:
     return {"num_skip": len(names), "increase": found[0], "deviation": found[1]}
 
 
-def _increase(nothing: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
+def log_increase(nothing: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
     """The logarithm of the ratio of mean losses on the same batches, and its standard error; None where a loss is not
     positive, or fewer than two are finite."""
     pairs = [pair for pair in zip(nothing, losses) if all(map(math.isfinite, pair))]

@@ -10,6 +10,7 @@ from ..config import EASConfig
 from ..strategies import STRATEGIES, AttentionBandit, Strategy, ThompsonSampling, restored
 from ..strategies.goal import Goal
 from .savings import Savings, count_kv_bytes, measure_time
+from .skippable import Skippable
 
 # Predicted speed-ups were within 1.5 % of those measured after a merge, on six families.
 SAFETY = 1.02
@@ -79,24 +80,50 @@ def new_strategy(
 
 
 def resumed_strategy(
-    present: Strategy | None, saved: dict[str, Any], candidates: Sequence[str], num_skip: int | None
-) -> Strategy:
-    """The strategy of a saved state, whichever this search was made with, unless that is the user's own.
+    present: Strategy | None, state: dict[str, Any], eas: Skippable, fixed: list[str] | None
+) -> Strategy | None:
+    """The strategy of a search's state, whichever this search was made with, unless that is the user's own.
+
+    Args:
+        present: what this search was made with, if there is anything to search. fixed: what is skipped for good.
+
+    Returns:
+        None where the state has none, and none is needed.
 
     Raises:
-        ValueError: if it is for other candidates, or another number of them.
+        ValueError: if the state is of no search, of one that goes on where this one is over, for other candidates, or
+            for another number of them.
     """
+    saved = state["strategy"] if "strategy" in state else state["bandit"]  # as earlier versions call it
+    is_searching = present is not None and fixed is None
+    if saved is None:
+        if is_searching:
+            raise ValueError(
+                f"The checkpoint of step {state['step']} holds no search to resume: it was written without "
+                "EASCallback or EASSearch. Start the run anew, or name the MHAs to skip in "
+                "EASConfig(skipped_modules=...)."
+            )
+        return None
+    if state["skipped_modules"] is None and not is_searching:
+        raise ValueError(
+            f"The checkpoint is from the middle of a search, but this model's skip set is fixed already ({fixed}), so "
+            "the adapters to search with are gone. Make the model by get_peft_model with num_skip, as for the first "
+            "run, and resume with that."
+        )
     if present is None or type(present) in STRATEGIES.values():
         strategy = restored(saved)
     else:
         strategy = present
         strategy.load_state_dict(saved)
+    num_skip = eas.active_config.num_skip
+    if num_skip is None and fixed is not None:  # made with the MHAs that the search has found
+        num_skip = len(fixed)
     is_other_number = None not in (strategy.num_skip, num_skip) and strategy.num_skip != num_skip
-    if strategy.candidates != list(candidates) or is_other_number:
+    if strategy.candidates != list(eas.candidates) or is_other_number:
         raise ValueError(
             f"The saved search is for {strategy.num_skip} of {len(strategy.candidates)} candidates "
-            f"({', '.join(strategy.candidates)}), but this model asks for {num_skip} of {len(candidates)} "
-            f"({', '.join(candidates)}). Resume with the model and EASConfig that the search was started with, or "
+            f"({', '.join(strategy.candidates)}), but this model asks for {num_skip} of {len(eas.candidates)} "
+            f"({', '.join(eas.candidates)}). Resume with the model and EASConfig that the search was started with, or "
             "start anew."
         )
     return strategy

@@ -160,7 +160,6 @@ class EASSearch:
         self.held_out = HeldOutLosses(model, self.eas, batch_loss, batches, seed)
         self.optimizer = optimizer
         self.num_candidates = settings["num_candidates"]
-        self.seed = seed
         self.step = 0
         self.strategy: Strategy | None = None
         self._has_begun = False
@@ -194,6 +193,7 @@ class EASSearch:
             self.eas.fix_skipped_modules(self.eas.candidates)
         if self.is_searching and optimizer is not None:
             _begin_all_states(optimizer)
+        self._anneal_context(0.0)
         self._end_step()  # a run before may have been interrupted within one
         if state is not None:
             self.load_state_dict(state)
@@ -319,24 +319,8 @@ class EASSearch:
         Raises:
             ValueError: for the state of another search than this model needs.
         """
-        saved = state["strategy"] if "strategy" in state else state["bandit"]  # as earlier versions call it
-        if saved is None and self.is_searching:
-            raise ValueError(
-                f"The checkpoint of step {state['step']} holds no search to resume: it was written without "
-                "EASCallback or EASSearch. Start the run anew, or name the MHAs to skip in "
-                "EASConfig(skipped_modules=...)."
-            )
-        if saved is not None:
-            num_skip = self.eas.active_config.num_skip
-            if num_skip is None and self._skipped_modules is not None:  # made with the MHAs that the search has found
-                num_skip = len(self._skipped_modules)
-            strategy = resumed_strategy(self.strategy, saved, self.eas.candidates, num_skip)
-            if state["skipped_modules"] is None and not self.is_searching:
-                raise ValueError(
-                    "The checkpoint is from the middle of a search, but this model's skip set is fixed already "
-                    f"({self._skipped_modules}), so the adapters to search with are gone. Make the model by "
-                    "get_peft_model with num_skip, as for the first run, and resume with that."
-                )
+        strategy = resumed_strategy(self.strategy, state, self.eas, self._skipped_modules)
+        if strategy is not None:
             self.strategy = strategy
             if state["skipped_modules"] is None:
                 self.eas.set_skipped_modules(strategy.best())
@@ -401,6 +385,7 @@ class EASSearch:
         try:
             return self.held_out(sets, number)
         finally:
+            self._anneal_context(0.0)
             self._end_step()
 
     def _pass_on_steps(self) -> None:
@@ -416,7 +401,7 @@ class EASSearch:
             chosen, self._measured_points = checked_choice(self.strategy, self._losses, self.step)
         self._fix(chosen)
         self._schedule = self._schedule._replace(search_end=self.step)
-        tell_of_choice(self.strategy, self._measured_points)
+        tell_of_choice(self.strategy, self._measured_points, self.interval)
 
     def _fix(self, names: Sequence[str]) -> None:
         # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
@@ -445,8 +430,9 @@ class EASSearch:
         self._has_begun = False
         if isinstance(self.eas, EASModel):
             self.eas.end_step()
-        self._anneal_context(0.0)
-        if self.is_searching:
+        else:
+            self._anneal_context(0.0)
+        if self.is_searching and list(self.eas.skipped_modules) != self.strategy.best():
             self.eas.set_skipped_modules(self.strategy.best())
 
     def _anneal_context(self, share: float) -> None:

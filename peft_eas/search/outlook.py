@@ -4,6 +4,7 @@ import logging
 import math
 from typing import Any
 
+from ..reporting.search_result import increase_text
 from ..strategies import Strategy
 from .schedule import Schedule, what_fits
 
@@ -62,29 +63,21 @@ def tell_of_no_search(num_candidates: int) -> None:
     )
 
 
-def tell_of_choice(strategy: Strategy, measured: list[dict[str, float]]) -> None:
+def tell_of_choice(strategy: Strategy, measured: list[dict[str, float]], interval: int) -> None:
     """Says what the finished search was measured to cost; warns where it has not settled."""
     for point in measured:
         logger.info(
-            "EAS: with %d of %d skipped, the loss on %s.",
+            "EAS: skipping %d of %d changes the loss on held-out batches by %s (its standard error).",
             point["num_skip"],
             len(strategy.candidates),
-            describe_increase(point),
+            increase_text(point["increase"], "log loss", point["deviation"]),
         )
     doubt = strategy.doubt()
     if doubt is not None:
         logger.warning(
-            "EAS: after %d rounds %s Give the search more rounds (a lower interval, a higher search_steps or a longer "
-            "run), or larger reward batches.",
+            "EAS: after %d rounds %s Give the search more rounds (%sa higher search_steps or a longer run), or larger "
+            "reward batches.",
             len(strategy.rounds),
             doubt,
+            "a lower interval, " if interval > 1 else "",
         )
-
-
-def describe_increase(point: dict[str, float]) -> str:
-    """As in "held-out batches is 2.1 % higher than with nothing skipped (standard error 0.3 %)"."""
-    share, error = math.expm1(point["increase"]), math.exp(point["increase"]) * point["deviation"]
-    return (
-        f"held-out batches is {abs(share):.1%} {'higher' if share >= 0 else 'lower'} than with nothing skipped "
-        f"(standard error {error:.1%})"
-    )

@@ -72,6 +72,8 @@ def fit(
     if hint is not None:
         columns.append(data.skipped @ hint[:, None])
     design = np.concatenate(columns, 1)
+    width = design.shape[1]
+    cells = (data.group[:, None] * width + np.arange(width)).ravel()  # of a matrix with a row for each group
     # Each kind has a height of its own, which is put back in the end.
     heights = np.array(
         [np.median(data.values[data.kind == k]) if (data.kind == k).any() else 0.0 for k in range(kinds)]
@@ -88,7 +90,7 @@ def fit(
     # A loss that counts by half is half a loss, or the noise would be taken for less than it is.
     of_kind = np.bincount(data.kind, data.trust, kinds), np.bincount(kind_of_group, minlength=kinds)
     fixed_precision = np.concatenate([np.full(kinds, 1e-4 / start), *([[1.0 / start]] if hint is not None else [])])
-    to_costs = np.zeros((num, design.shape[1]))
+    to_costs = np.zeros((num, width))
     to_costs[:, :num] = np.eye(num)
     if hint is not None:
         to_costs[:candidates, -1] = hint
@@ -99,8 +101,7 @@ def fit(
         # Each group's effect is integrated out.
         total = np.bincount(data.group, precision, groups)
         effect_variance = 1.0 / (1.0 / between[kind_of_group] + total)
-        by_group = np.zeros((groups, design.shape[1]))
-        np.add.at(by_group, data.group, weighted)
+        by_group = np.bincount(cells, weighted.ravel(), groups * width).reshape(groups, width)
         scaled = by_group * effect_variance[:, None]
         information = weighted.T @ design - scaled.T @ by_group
         known = np.concatenate([1.0 / cost_variance, fixed_precision])
@@ -113,7 +114,7 @@ def fit(
         effect = effect_variance * np.bincount(data.group, precision * residual, groups)
         squares = (residual - effect[data.group]) ** 2
         weight = (NOISE_FREEDOM + 1.0) / (NOISE_FREEDOM + squares / noise[data.kind])
-        spent = (design.shape[1] - (known * np.diag(covariance)).sum()) / data.trust.sum()
+        spent = (width - (known * np.diag(covariance)).sum()) / data.trust.sum()
         spent_on_groups = np.bincount(kind_of_group, total * effect_variance, kinds)
         free = np.maximum(1.0, of_kind[0] * (1.0 - spent) - spent_on_groups)
         noise = 2 * (0.1 * typical) ** 2 + np.bincount(data.kind, weight * trust * squares, kinds)

@@ -282,8 +282,8 @@ class ThompsonSampling(Strategy):
             return None
         sets, values, groups, kinds, steps = zip(*rows)
         skipped = np.zeros((len(rows), len(self.candidates)))
-        for row, indices in enumerate(sets):
-            skipped[row, indices] = 1.0
+        row_of_each = np.repeat(np.arange(len(rows)), [len(indices) for indices in sets])
+        skipped[row_of_each, np.concatenate(sets).astype(int)] = 1.0
         _, group = np.unique(groups, return_inverse=True)
         return regression.Observations(
             skipped, features(skipped), np.array(values), group, np.array(kinds), _trust_by_age(steps)
