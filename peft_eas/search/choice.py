@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..config import EASConfig
+from ..skippable import Skippable
 from ..strategies import STRATEGIES, AttentionBandit, Strategy, ThompsonSampling, restored
 from ..strategies.goal import Goal
 from .savings import Savings, count_kv_bytes, measure_time
-from .skippable import Skippable
 
 # Predicted speed-ups were within 1.5 % of those measured after a merge, on six families.
 SAFETY = 1.02
