@@ -49,7 +49,7 @@ def _smollm2(data: Path, folder: Path) -> Task:
     return banking77(data, *load_smollm2(), num_test=500, validate=True, steps=300, batch_size=16)
 
 
-MODELS = {"minilm": Model(_minilm, (3, 5)), "smollm2": Model(_smollm2, (15, 22))}
+MODELS = {"minilm": Model(_minilm, (3, 4)), "smollm2": Model(_smollm2, (15, 22))}
 
 
 def parse_arguments() -> argparse.Namespace:

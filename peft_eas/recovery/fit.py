@@ -10,14 +10,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..evaluation import evaluation_mode, from_all_ranks
-from ..folding.fold import LowRankMap, exact
-from ..layers import Candidate, EASLayer, FFNLayer, OutputAdapter, OutputLayer
+from ..layers import Candidate, EASLayer, FFNLayer, OutputLayer
 from ..model import EASModel
-from ..runtime.adapter import RoutedAdapter
 from ..skippable import eas_of
 from ..values import is_int
-from .recorder import BlockRecorder, Seen
-from .regression import Moments
+from .adapter_fit import AdapterFit, is_in_parts
+from .recorder import BlockRecorder
 
 # MHAs whose moments take more memory than this are fitted one group after another, each with passes of its own.
 _MOST_BYTES = 4 << 30
@@ -111,81 +109,25 @@ def begins_anew(eas: EASModel) -> bool:
     return not any(bool(parameter.any()) for adapter in adapters for parameter in adapter.up.parameters())
 
 
-class _Fit:
-    """The fit of one MHA's adapters: of PIA first, and of the output adapter behind it."""
-
-    def __init__(self, candidate: Candidate, adapter_name: str, pia: RoutedAdapter, output: OutputAdapter | None):
-        self.candidate, self.adapter_name, self.pia, self.output = candidate, adapter_name, pia, output
-        self.left_over = 1.0
-        self.count = 0
-        self._moments: Moments | None = None
-        self._lost = 0.0  # squared error without any adapter, where it was noted
-
-    @property
-    def bytes(self) -> int:
-        """What its moments take at most."""
-        d = self.pia.token_down.in_features
-        return max(Moments.bytes(d, d), 0 if self.output is None else Moments.bytes(self.output.down.shape[1], d))
-
-    def add(self, stage: str, with_mha: Seen, without: Seen) -> None:
-        """Adds what one pass of the block computed."""
-        if stage == "pia":
-            x, y = without.ffn_input, with_mha.ffn_input - without.ffn_input
-            self.count += len(x)
-            if self.output is not None and without.total is not None:
-                self._lost += float((with_mha.total - without.total).float().square().sum())
-        elif self.output is None or without.total is None:
-            return
-        else:
-            x, y = without.projection_input, with_mha.total - without.total
-        if self._moments is None:
-            self._moments = Moments(x.shape[1], y.shape[1], x.device)
-        self._moments.add(x, y)
-
-    def solve(self, stage: str) -> None:
-        """Fits the adapter of a stage."""
-        moments, self._moments = self._moments, None
-        if moments is None:
-            return
-        moments.gather()
-        if moments.square == 0:  # in a parallel block, the FFN reads the same without the MHA
-            return
-        if stage == "pia":
-            update, error = moments.low_rank_fit(self.pia.token_down.out_features, self.pia.up[0].groups)
-            self.left_over = error / moments.square
-            _set_routed(self.pia, update)
-        else:
-            update, error = moments.low_rank_fit(len(self.output.down))
-            lost = float(from_all_ranks(update.shift.new_tensor(self._lost)).sum())
-            self.left_over = error / lost
-            _set_output(self.output, update)
-
-
-def _fits_of(eas: EASModel) -> list[_Fit]:
+def _fits_of(eas: EASModel) -> list[AdapterFit]:
     """One for each MHA that the active adapter has a PIA for."""
     name = eas.active_adapters[0]
     by_mha: dict[Candidate, dict[type, nn.Module]] = {}
     for layer in eas.model.modules():
         if isinstance(layer, (FFNLayer, OutputLayer)) and name in layer.adapters:
             by_mha.setdefault(layer.candidate, {})[type(layer)] = layer.adapters[name]
-    sharded = next((one for adapters in by_mha.values() for one in adapters.values() if _is_in_parts(one)), None)
-    if sharded is not None:
+    if any(is_in_parts(adapter) for adapters in by_mha.values() for adapter in adapters.values()):
         raise ValueError(
             "The adapters lie in shards on several ranks, which cannot be written from here (DeepSpeed's ZeRO-3, or "
             "FSDP1). Call fit_adapters before the model is distributed."
         )
     in_order = sorted(by_mha, key=lambda candidate: eas.candidates.index(candidate.name))
-    return [_Fit(one, name, by_mha[one][FFNLayer], by_mha[one].get(OutputLayer)) for one in in_order]
+    return [AdapterFit(one, name, by_mha[one][FFNLayer], by_mha[one].get(OutputLayer)) for one in in_order]
 
 
-def _is_in_parts(adapter: nn.Module) -> bool:
-    affine = adapter.up if isinstance(adapter, OutputAdapter) else adapter.token_down
-    return affine.weight.shape != (affine.out_features, affine.in_features)
-
-
-def _groups(fits: list[_Fit]) -> Iterator[list[_Fit]]:
+def _groups(fits: list[AdapterFit]) -> Iterator[list[AdapterFit]]:
     """Fits whose moments fit into memory together."""
-    group: list[_Fit] = []
+    group: list[AdapterFit] = []
     for fit in fits:
         if group and sum(one.bytes for one in group) + fit.bytes > _MOST_BYTES:
             yield group
@@ -222,7 +164,7 @@ class _Batches:
 
 def _gather(
     model: nn.Module,
-    group: list[_Fit],
+    group: list[AdapterFit],
     stage: str,
     batches: _Batches,
     run: Callable[[Any], Any],
@@ -258,59 +200,8 @@ def _gather(
         )
 
 
-@exact
-def _set_routed(adapter: RoutedAdapter, update: LowRankMap) -> None:
-    """Makes an adapter the map `update`, whatever the context. The context path begins at zero."""
-    left, right = _balanced(update, adapter.token_down.weight)
-    share = 0.5 if adapter.has_context_path else 1.0
-    _write(adapter.token_down.weight, right)
-    adapter.token_down.bias.zero_()
-    if adapter.has_context_path:
-        adapter.context_down.weight.zero_()
-        adapter.context_down.bias.zero_()
-    groups = adapter.up[0].groups
-    blocks = left.unflatten(0, (groups, -1)).unflatten(-1, (groups, -1)).diagonal(dim1=0, dim2=2)
-    for up in adapter.up:
-        _write(up.weight, blocks.movedim(-1, 0).flatten(0, 1) / (adapter.scale * share))
-        _write(up.bias, update.shift / adapter.scale)
-
-
-@exact
-def _set_output(adapter: OutputAdapter, update: LowRankMap) -> None:
-    left, right = _balanced(update, adapter.down)
-    _write(adapter.down, right)
-    _write(adapter.up.weight, left / adapter.scale)
-    _write(adapter.up.bias, update.shift / adapter.scale)
-
-
-def _balanced(update: LowRankMap, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors of its product, each of the same size, so that both learn at one learning rate.
-
-    Where the fit has no use for a unit of the bottleneck, it begins as it was drawn.
-    """
-    sizes = update.right.norm(dim=1), update.left.norm(dim=0)
-    is_used = (sizes[0] > 0) & (sizes[1] > 0)
-    ratio = torch.where(is_used, sizes[1] / sizes[0], 1.0).sqrt()
-    right = torch.where(is_used[:, None], update.right * ratio[:, None], _whole(drawn).to(update.right))
-    return torch.where(is_used, update.left / ratio, 0.0), right
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter, put together if it lies in shards."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-
-
-def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
-
-
 @contextmanager
-def _begun_anew(fits: list[_Fit]) -> Iterator[None]:
+def _begun_anew(fits: list[AdapterFit]) -> Iterator[None]:
     """Lets the adapters add nothing until they are fitted. After an error they are again what they were."""
     adapters = [adapter for fit in fits for adapter in (fit.pia, fit.output) if adapter is not None]
     before = [copy.deepcopy(adapter.state_dict()) for adapter in adapters]
