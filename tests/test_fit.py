@@ -357,3 +357,25 @@ def test_a_resumed_run_is_not_fitted_again(tmp_path):
     actual = {key: value for key, value in resumed.state_dict().items() if ".eas_" in key}
     assert expected.keys() == actual.keys()
     assert all(torch.equal(value, expected[key]) for key, value in actual.items())
+
+
+def test_a_run_that_cannot_be_fitted_begins_as_the_identity_and_says_so(tmp_path, caplog, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("peft_eas.search.fitting.fit_by_passes", fail)
+    model = searched()
+    first = train(model, tmp_path, EASCallback(warmup_steps=1, search_steps=3, interval=1))
+    assert not any(value.any() for kind in ("eas_pia", "eas_output") for value in ups(first, kind))
+    assert "cannot be fitted to training batches (RuntimeError: out of memory)" in caplog.text
+
+
+def test_adapters_in_shards_are_refused():
+    model = searched()
+    layer = model.base_model.model.model.layers[1].mlp
+    before = copy.deepcopy(model.state_dict())
+    layer.eas_pia["default"].token_down.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="in shards on several ranks.*Call fit_adapters before the model is distribut"):
+        fit_adapters(model, [make_inputs("llama", "cpu")])
+    unchanged = {key: value for key, value in model.state_dict().items() if "layers.1.mlp.eas_pia" not in key}
+    assert all(torch.equal(value, before[key]) for key, value in unchanged.items())
