@@ -1,0 +1,103 @@
+"""The ablation of what wins accuracy back: its runs on a tiny model, its files, its report."""
+
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from examples.recovery import __main__ as program
+from examples.recovery.report import write_report
+from examples.recovery.runs import KEY, read_runs, run
+from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
+from examples.shared import minilm
+from examples.shared.json_lines import append_line
+from examples.shared.minilm import Queries
+
+
+class PaddingTokenizer:
+    """Of a tokenizer, what makes batches: all samples here have one length."""
+
+    @staticmethod
+    def pad(samples: list[dict], return_tensors: str) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def tiny_task(monkeypatch: pytest.MonkeyPatch, *_: object) -> minilm.Task:
+    def samples(count: int) -> list[dict]:
+        draw = random.Random(count)
+        rows = [[draw.randrange(20) for _ in range(4)] for _ in range(count)]
+        return [{"input_ids": row, "attention_mask": [1] * 4, "labels": row[0] % 2} for row in rows]
+
+    def load_base(*_: object) -> BertForSequenceClassification:
+        shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(vocab_size=20, **shape)).eval()
+
+    monkeypatch.setattr(minilm, "load_base", load_base)
+    queries = Queries(PaddingTokenizer(), samples(48), samples(32), samples(40))
+    return minilm.minilm_task(queries, Path(), steps=12, batch_size=8, learning_rate=2e-2)
+
+
+def test_every_variant_is_tuned_once_with_the_same_set(monkeypatch, tmp_path):
+    task = tiny_task(monkeypatch)
+    run(task, [1, 2], list(VARIANTS), [0], tmp_path)
+    records = read_runs(tmp_path)
+    points = [(task.name, k, name, 0) for k in (1, 2) for name in VARIANTS] + [(task.name, 0, NOTHING_SKIPPED, 0)]
+    assert [tuple(record[key] for key in KEY) for record in records] == points
+    for k in (1, 2):
+        sets = [record["skipped"] for record in records if record["num_skip"] == k]
+        assert len(sets[0]) == k
+        assert all(one == sets[0] for one in sets)
+    by_name = {record["variant"]: record for record in records if record["num_skip"] == 1}
+    assert by_name["output adapter"]["trainable"] == by_name["fit, output adapter"]["trainable"]
+    assert by_name["output adapter"]["trainable"] > by_name["identity"]["trainable"] == by_name["fit"]["trainable"]
+    assert len({record["loss"] for record in by_name.values()}) == len(VARIANTS)
+    run(task, [1, 2], list(VARIANTS), [0], tmp_path)
+    assert read_runs(tmp_path) == records
+
+
+def record(variant: str, accuracy: float, seed: int = 0, num_skip: int = 2) -> dict:
+    point = dict(zip(KEY, ("tiny", num_skip, variant, seed)))
+    return {**point, "skipped": [], "trainable": 1000, "steps": 9, "cpu_seconds": 3.2, "accuracy": accuracy}
+
+
+def test_the_report_tells_what_is_won_back(tmp_path):
+    for one in (
+        record(NOTHING_SKIPPED, 0.9, num_skip=0),
+        record("identity", 0.8),
+        record("fit", 0.84, seed=0),
+        record("fit", 0.86, seed=1),
+    ):
+        append_line(tmp_path / "runs.jsonl", one)
+    write_report(tmp_path)
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().split("\n")
+    ]
+    rows = {row[0]: row[1:] for row in rows if len(row) > 1}
+    assert rows[NOTHING_SKIPPED] == ["90.00", "—", "1,000", "3", "1"]
+    assert rows["identity"] == ["80.00", "—", "1,000", "3", "1"]
+    assert rows["fit"] == ["85.00 ± 1.41", "50 %", "1,000", "3", "2"]
+    assert (tmp_path / "accuracy.png").stat().st_size > 0
+
+
+def test_the_report_without_a_run(tmp_path):
+    write_report(tmp_path)
+    assert (tmp_path / "table.md").read_text() == "No run is finished yet.\n"
+    assert not (tmp_path / "accuracy.png").exists()
+
+
+def test_the_program(monkeypatch, tmp_path, capsys):
+    load = partial(tiny_task, monkeypatch)
+    monkeypatch.setattr(program, "MODELS", {"minilm": program.Model(load, (1,))})
+    argv = ["recovery", "--data", str(tmp_path), "--variants", "fit", "--seeds", "0", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    program.main()
+    assert "| fit " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["recovery"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "--data DIR is needed" in capsys.readouterr().err
