@@ -46,7 +46,7 @@ def _minilm(data: Path, folder: Path) -> Task:
 
 
 def _smollm2(data: Path, folder: Path) -> Task:
-    return banking77(data, *load_smollm2(), num_test=500, validate=True, steps=300, batch_size=16)
+    return banking77(data, *load_smollm2(), num_test=300, validate=True, steps=200, batch_size=16)
 
 
 MODELS = {"minilm": Model(_minilm, (3, 4)), "smollm2": Model(_smollm2, (15, 22))}
@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="BANKING77's folder, with train.csv")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--num-skip", nargs="+", type=int, help="(default: half, and more)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/recovery"))
@@ -75,7 +76,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in () if arguments.report else arguments.models:
         model = MODELS[name]
-        run(model.load(arguments.data, folder), model.sizes, arguments.variants, arguments.seeds, folder)
+        sizes = arguments.num_skip or model.sizes
+        run(model.load(arguments.data, folder), sizes, arguments.variants, arguments.seeds, folder)
     write_report(folder)
     print((folder / "table.md").read_text())
 
