@@ -36,12 +36,14 @@ class Prepared:
     merge_options: dict[str, Any] = field(default_factory=dict)
 
 
+# The paper's: all methods have the same adapters, which begin as the identity.
+START = {"fit_tokens": 0}
 Method = Callable[[PreTrainedModel, Task, int, int], Prepared]
 
 
 def nothing_skipped(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """Adapters at all MHAs, of which none is skipped."""
-    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [EASCallback()])
+    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [EASCallback(**START)])
 
 
 def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -62,7 +64,7 @@ def das(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared
 
 
 def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
-    """EAS with the defaults: the search chooses, and PIAs stand for what is skipped."""
+    """EAS with the default search, and the paper's adapters for what is skipped."""
     return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [default_search(task)])
 
 
@@ -87,7 +89,7 @@ def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -
     """PIAs stand for MHAs drawn at random."""
     model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
     model.base_model.fix_skipped_modules(random.Random(seed).sample(model.base_model.candidates, num_skip))
-    return Prepared(model, [EASCallback()])
+    return Prepared(model, [EASCallback(**START)])
 
 
 def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -101,18 +103,22 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
     )
     most_similar = sorted(similarities, key=similarities.get, reverse=True)[:num_skip]
     model.base_model.fix_skipped_modules(most_similar)
-    return Prepared(model, [EASCallback()], time.perf_counter() - start)
+    return Prepared(model, [EASCallback(**START)], time.perf_counter() - start)
 
 
 def default_search(task: Task) -> EASCallback:
     """The library's search as it comes."""
-    return EASCallback(reward_dataset=task.reward)
+    return EASCallback(reward_dataset=task.reward, **START)
 
 
 def bandit_search(task: Task, **settings: Any) -> EASCallback:
     """The paper's search, which all other methods that search have, but for `settings`."""
     return EASCallback(
-        reward_dataset=task.reward, strategy="bandit", interval=max(1, min(10, task.steps // 150)), **settings
+        reward_dataset=task.reward,
+        strategy="bandit",
+        interval=max(1, min(10, task.steps // 150)),
+        **START,
+        **settings,
     )
 
 

@@ -36,11 +36,13 @@ from transformers.utils import can_return_tuple
 
 IMAGE_TOKEN = "<image>"
 MODALITY_TOKEN = "<modality>"
-# Arguments of `EASConfig`: the vision tower's attentions have adapters and stay, and what is new is trained as well.
+# Arguments of `EASConfig`: the vision tower's attentions have adapters and stay, what is new is trained as well, and
+# there are the paper's adapters alone.
 EAS_ARGUMENTS = {
     "target_modules": r".*(language_model|vision_tower).*self_attn",
     "kept_modules": r".*vision_tower.*self_attn",
     "modules_to_save": ["multi_modal_projector", "modality_embedding"],
+    "output_r": 0,
 }
 # What the KV cache is called among arguments; transformers 5.24 has renamed it.
 CACHE_KEY = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"

@@ -51,6 +51,7 @@ def tune_with_eas(task: Task, num_skip: int, folder: Path, arguments: argparse.N
         reward_dataset=task.reward,
         search_steps=arguments.search_steps,
         seed=arguments.seed,
+        fit_tokens=0,  # the paper's start
     )
     start = time.perf_counter()
     tune(model, task, folder, arguments.seed, [callback], max_steps=steps)

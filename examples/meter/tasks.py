@@ -47,7 +47,7 @@ ANSWERS = COLORS + SHAPES
 NUM_TEXTS = 4  # for an image in a batch of the retrieval task: the right one and three others
 GALLERY_COPIES = 4  # images of each colour and shape in a gallery of the retrieval task
 # METER's ranks, 144 and 96 at a width of 768, in the same proportion; adapters without a router.
-EAS = {"target_modules": CROSS_MODAL_MHAS, "r": 18, "attention_r": 12, "paths": 1, "dropout": 0.0}
+EAS = {"target_modules": CROSS_MODAL_MHAS, "r": 18, "attention_r": 12, "output_r": 0, "paths": 1, "dropout": 0.0}
 TRAINED_WITH_HEADS = ["cross_modal_text_pooler", "cross_modal_image_pooler", "meter.token_type_embeddings"]
 LORA_TARGETS = CROSS_MODAL_MHAS + r"\.self\.(query|value)"
 

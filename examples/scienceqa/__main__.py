@@ -173,6 +173,7 @@ class Run:
                 reward_dataset=self.task.reward,
                 search_steps=self.arguments.search_steps,
                 seed=self.arguments.seed,
+                fit_tokens=0,  # the paper's start
             )
             trainer = tune(
                 model,

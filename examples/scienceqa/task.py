@@ -112,7 +112,7 @@ def make_task(
                 f"--max-length {max_length}: no problem for {part!r} is as short as that; the shortest has "
                 f"{min(numbers)} tokens. Give more."
             )
-    eas: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": r, "attention_r": attention_r, "dropout": 0.0}
+    eas: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": r, "attention_r": attention_r, "dropout": 0.0, "output_r": 0}
     if sees:
         eas |= EAS_ARGUMENTS
     order = order_by_length(lengths["train"], batch_size, steps, seed)

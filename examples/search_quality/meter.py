@@ -29,7 +29,7 @@ def load_tuned(folder: Path) -> PreTrainedModel:
         torch.manual_seed(0)
         model = get_peft_model(task.load_base(), EASConfig(num_skip=0, **task.eas))
         with tempfile.TemporaryDirectory() as outputs:
-            tune(model, task, Path(outputs), callbacks=[EASCallback()], progress=False)
+            tune(model, task, Path(outputs), callbacks=[EASCallback(fit_tokens=0)], progress=False)
         merged = model.merge_and_unload()
         print(f"METER, tuned with nothing skipped: {task.score(merged)}", flush=True)
         merged.save_pretrained(folder)

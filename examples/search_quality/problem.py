@@ -95,7 +95,7 @@ def problem_of(
     Args:
         batches: with labels; the first `num_search` are for searches. eas: further arguments of `EASConfig`.
     """
-    config = EASConfig(num_skip=1, r=1, groups=1, paths=1, attention_r=0, context="none", **eas)
+    config = EASConfig(num_skip=1, r=1, groups=1, paths=1, attention_r=0, output_r=0, context="none", **eas)
     model = get_peft_model(base, config).eval()
     names = model.base_model.candidates
     similarities = attention_similarities(model, batches[: min(CALIBRATION_BATCHES, num_search)])

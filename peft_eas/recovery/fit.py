@@ -88,6 +88,8 @@ def fit_by_passes(
         raise ValueError("The adapters are merged, so they cannot be fitted. Call unmerge_adapter() first.")
     eas.end_step()
     fits = _fits_of(eas)
+    if not fits:
+        return {}
     batches = _Batches(batches, num_tokens)
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
