@@ -76,8 +76,8 @@ class EASCallback(TrainerCallback, ExportableState):
             "batch_size", "prompt_tokens" and "new_tokens", as of `measure_time`. Default: one forward pass over a
             batch of rewards.
         fit_tokens: how many tokens of training batches the adapters are fitted to before the first step, as by
-            `fit_adapters`; adapters that are trained already are left as they are. 0: they begin as the identity, as
-            in the paper.
+            `fit_adapters`, such as 8,192; adapters that are trained already are left as they are. 0: they begin as
+            the identity, as in the paper.
 
     Raises:
         ValueError: for a setting out of range; at the start of training, for settings that do not fit the run.
@@ -97,7 +97,7 @@ class EASCallback(TrainerCallback, ExportableState):
         seed: int | None = None,
         strategy: StrategyName | type[Strategy] = "thompson",
         workload: dict[str, int] | None = None,
-        fit_tokens: int = 8192,
+        fit_tokens: int = 0,
     ) -> None:
         self.strategy = strategy
         self.reward: Reward = reward
@@ -118,6 +118,7 @@ class EASCallback(TrainerCallback, ExportableState):
         self._reward_set: RewardSet | None = None
         self._reward_source: str | None = None
         self._shown_phase: str | None = None
+        self._fit_errors: dict[str, float] | None = None
         self._losses: TrainingLosses | None = None
         self._run: tuple[TrainingArguments, TrainerState] | None = None
 
@@ -153,6 +154,8 @@ class EASCallback(TrainerCallback, ExportableState):
             arguments["strategy"] = self.strategy.__name__
         state = {} if self._search is None else self._search.state_dict()
         course = {name: value for name, value in state.items() if name not in ("step", *RECORDED)}
+        if self._fit_errors is not None:
+            course["fit_errors"] = self._fit_errors
         return {"args": arguments, "attributes": {}, "record": self.record, "course": course}
 
     @property
@@ -213,8 +216,6 @@ class EASCallback(TrainerCallback, ExportableState):
 
         self._search = self._reward_set = self._reward_source = self._shown_phase = None
         saved = saved_search(state, type(self).__name__)
-        if self.fit_tokens and state.global_step == 0 and isinstance(eas, EASModel):
-            fit_in_trainer(trainer, model, eas, self.fit_tokens, self._seed(args))
         settings = {name: getattr(self, name) for name in SETTINGS}
         # Otherwise Trainer resumes with an optimizer that has every parameter; see `EASSearch`.
         optimizer = kwargs.get("optimizer") if trainer.is_fsdp_enabled else None
@@ -242,6 +243,8 @@ class EASCallback(TrainerCallback, ExportableState):
                     "leave restore_callback_states_from_checkpoint off: the callback resumes without it."
                 )
             self._reward_source = self._reward_set.source
+        if isinstance(eas, EASModel):
+            self._fit(trainer, model, eas, saved)
         self._search, self._run = search, (args, state)
         if self._losses is not None:  # of a run that was interrupted
             self._losses.stop()
@@ -298,6 +301,14 @@ class EASCallback(TrainerCallback, ExportableState):
 
     def _seed(self, args: TrainingArguments) -> int:
         return args.seed if self.seed is None else self.seed
+
+    def _fit(self, trainer: Trainer, model: nn.Module, eas: EASModel, saved: dict[str, Any]) -> None:
+        """Fits the adapters where a run begins; where one goes on, notes what its beginning has left."""
+        if trainer.state.global_step > 0:
+            eas.active_config.fit_errors = saved.get("fit_errors", eas.active_config.fit_errors)
+        elif self.fit_tokens:
+            fit_in_trainer(trainer, model, eas, self.fit_tokens, self._seed(trainer.args))
+        self._fit_errors = eas.active_config.fit_errors
 
     def _choose_rewards(self, trainer: Trainer) -> RewardSet:
         if self._reward_set is None:

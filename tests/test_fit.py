@@ -276,6 +276,8 @@ def test_the_config_keeps_what_is_left(tmp_path):
 
 # --- under Trainer ---------------------------------------------------------------------------------------------------
 
+SEARCH = {"warmup_steps": 1, "search_steps": 3, "interval": 1, "fit_tokens": 256}
+
 
 def train(model: PeftModel, tmp_path, callback: EASCallback, resume_from=None) -> dict[str, torch.Tensor]:
     """The adapters as they are when the first step begins."""
@@ -307,15 +309,15 @@ def searched() -> PeftModel:
 
 def test_a_run_begins_with_the_fit(tmp_path):
     model = searched()
-    first = train(model, tmp_path, EASCallback(warmup_steps=1, search_steps=3, interval=1))
+    first = train(model, tmp_path, EASCallback(**SEARCH))
     assert all(value.any() for kind in ("eas_pia", "eas_output") for value in ups(first, kind))
     assert set(model.peft_config["default"].fit_errors) == {f"model.layers.{i}.self_attn" for i in range(4)}
     assert EASConfig.from_pretrained(tmp_path / "checkpoint-4").fit_errors == model.peft_config["default"].fit_errors
 
 
-def test_the_papers_start_is_one_argument_away(tmp_path):
+def test_by_default_a_run_begins_as_in_the_paper(tmp_path):
     model = searched()
-    first = train(model, tmp_path, EASCallback(warmup_steps=1, search_steps=3, interval=1, fit_tokens=0))
+    first = train(model, tmp_path, EASCallback(**{**SEARCH, "fit_tokens": 0}))
     assert not any(value.any() for kind in ("eas_pia", "eas_output") for value in ups(first, kind))
     assert model.peft_config["default"].fit_errors is None
     for value in (-1, 1.5, True, "all"):
@@ -324,8 +326,7 @@ def test_the_papers_start_is_one_argument_away(tmp_path):
 
 
 def test_the_same_seed_is_the_same_fit_and_the_data_come_as_without_it(tmp_path):
-    search = {"warmup_steps": 1, "search_steps": 3, "interval": 1}
-    one, other = (train(searched(), tmp_path / str(i), EASCallback(**search)) for i in range(2))
+    one, other = (train(searched(), tmp_path / str(i), EASCallback(**SEARCH)) for i in range(2))
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     states = []
     for tokens in (0, 64):
@@ -337,26 +338,26 @@ def test_the_same_seed_is_the_same_fit_and_the_data_come_as_without_it(tmp_path)
 
 
 def test_trained_adapters_are_left_alone(tmp_path, caplog):
-    search = {"warmup_steps": 1, "search_steps": 3, "interval": 1}
     model = searched()
-    train(model, tmp_path / "first", EASCallback(**search))
+    train(model, tmp_path / "first", EASCallback(**SEARCH))
     before = {key: value.clone() for key, value in model.state_dict().items() if ".eas_" in key}
     with caplog.at_level("INFO"):
-        again = train(model, tmp_path / "second", EASCallback(**search))
+        again = train(model, tmp_path / "second", EASCallback(**SEARCH))
     assert all(torch.equal(value, before[key]) for key, value in again.items())
     assert "no longer as they begin, so they are not fitted" in caplog.text
 
 
 def test_a_resumed_run_is_not_fitted_again(tmp_path):
-    search = {"warmup_steps": 1, "search_steps": 3, "interval": 1}
     whole = searched()
-    train(whole, tmp_path, EASCallback(**search))
+    train(whole, tmp_path, EASCallback(**SEARCH))
     resumed = searched()
-    train(resumed, tmp_path, EASCallback(**search), str(tmp_path / "checkpoint-2"))
+    train(resumed, tmp_path, EASCallback(**SEARCH), str(tmp_path / "checkpoint-2"))
     expected = {key: value for key, value in whole.state_dict().items() if ".eas_" in key}
     actual = {key: value for key, value in resumed.state_dict().items() if ".eas_" in key}
     assert expected.keys() == actual.keys()
     assert all(torch.equal(value, expected[key]) for key, value in actual.items())
+    assert resumed.peft_config["default"].fit_errors == whole.peft_config["default"].fit_errors
+    assert resumed.peft_config["default"].fit_errors is not None
 
 
 def test_a_run_that_cannot_be_fitted_begins_as_the_identity_and_says_so(tmp_path, caplog, monkeypatch):
@@ -365,7 +366,7 @@ def test_a_run_that_cannot_be_fitted_begins_as_the_identity_and_says_so(tmp_path
 
     monkeypatch.setattr("peft_eas.search.fitting.fit_by_passes", fail)
     model = searched()
-    first = train(model, tmp_path, EASCallback(warmup_steps=1, search_steps=3, interval=1))
+    first = train(model, tmp_path, EASCallback(**SEARCH))
     assert not any(value.any() for kind in ("eas_pia", "eas_output") for value in ups(first, kind))
     assert "cannot be fitted to training batches (RuntimeError: out of memory)" in caplog.text
 
@@ -379,3 +380,11 @@ def test_adapters_in_shards_are_refused():
         fit_adapters(model, [make_inputs("llama", "cpu")])
     unchanged = {key: value for key, value in model.state_dict().items() if "layers.1.mlp.eas_pia" not in key}
     assert all(torch.equal(value, before[key]) for key, value in unchanged.items())
+
+
+def test_a_run_that_is_refused_is_not_fitted(tmp_path):
+    model = searched()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="nothing to compute rewards on: the reward_dataset is empty"):
+        train(model, tmp_path, EASCallback(**SEARCH, reward_dataset=[]))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

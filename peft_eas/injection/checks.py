@@ -145,11 +145,11 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
                 f"does not, and its MHAs are of the kind {', '.join(sorted(kinds))}. Choose another task_type, such "
                 "as 'SEQ_CLS' or 'FEATURE_EXTRACTION', or leave it out."
             )
-    if config.output_r and not has_output_projection(targets):
+    if config.output_r and not any(row.output_projection is not None for _, row in targets.values()):
         raise ValueError(
             f"output_r={config.output_r} asks for adapters beside the projections that write the FFNs' outputs, but "
             "the table of architectures names none in this model; a mixture of experts has several. Leave output_r "
-            "out, or, in the row of a model of your own, name output_projection."
+            "out, or name output_projection in the row of a model of your own."
         )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
     if chunk_size:
@@ -159,11 +159,6 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             "folded model takes any."
         )
     return shape
-
-
-def has_output_projection(targets: Targets) -> bool:
-    """Whether there is a place for an output adapter."""
-    return any(row.output_projection is not None for _, row in targets.values())
 
 
 def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:

@@ -19,7 +19,6 @@ from .checks import (
     check_other_methods,
     check_skip_fields,
     check_state_dict,
-    has_output_projection,
     warn_of_untrained_head,
 )
 from .targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
@@ -102,10 +101,6 @@ class InjectingTuner(BaseTuner):
         self._check_name_is_free(name, peft_config, present)
         check_trained_tokens(peft_config, model)
         warn_of_untrained_head(peft_config, model)
-        if peft_config.output_r is None:
-            # An adapter that was saved by an earlier version knows its base's shape, and no such rank.
-            has_one = peft_config.base_shape is None and has_output_projection(targets)
-            peft_config.output_r = peft_config.r if has_one else 0
         peft_config.base_shape = shape
         self._targets = set(targets)
         if peft_config.target_modules is None:

@@ -72,7 +72,7 @@ class OutputLayer(AdaptedLayer):
 
     def rank(self, config: EASConfig) -> int:
         """As above."""
-        return config.output_r or 0
+        return config.output_r
 
     def new_adapter(self, config: EASConfig, width: int) -> OutputAdapter:
         """As above."""
