@@ -186,8 +186,9 @@ def test_a_row_without_its_place_takes_none(monkeypatch):
     with pytest.raises(ValueError, match="name output_projection in the row"):
         llama()
     monkeypatch.setitem(TABLE, "LlamaDecoderLayer", replace(TABLE["LlamaDecoderLayer"], output_projection="mlp.down"))
-    with pytest.raises(ValueError, match=r"names 'mlp\.down', but .* no such module"):
+    with pytest.raises(ValueError, match=r"names 'mlp\.down' as the projection .* no such module\. Set output_proj"):
         llama()
+    llama(output_r=0)  # a row that was made from another's, whose FFN is its own
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "4", True])

@@ -86,9 +86,9 @@ class Architecture:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every path that a block of this row has."""
+        """Every path that a block of this row has; its output projection is asked for with output adapters alone."""
         given = (self.mha, *self.mha_projections, self.ffn, *self.ffn_projections, *self.deleted_norms)
-        return given + tuple(path for path in (self.output_projection, self.kept_norm, self.core) if path is not None)
+        return given + tuple(path for path in (self.kept_norm, self.core) if path is not None)
 
     @property
     def is_cross(self) -> bool:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import EXPORTABLE
+from ..architectures import EXPORTABLE, has_path
 from ..config import EASConfig
 from ..folding.offloaded import execution_device
 from ..layers import AdaptedLayer, EASLayer
@@ -151,6 +151,15 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             "the table of architectures names none in this model; a mixture of experts has several. Leave output_r "
             "out, or name output_projection in the row of a model of your own."
         )
+    for block_name, row in targets.values() if config.output_r else ():
+        block = model.get_submodule(block_name)
+        if row.output_projection is not None and not has_path(block, row.output_projection):
+            name = type(block).__name__
+            raise ValueError(
+                f"output_r={config.output_r}: the row of {name} in the table of architectures names "
+                f"{row.output_projection!r} as the projection that writes the FFN's output, but {block_name or name} "
+                f"has no such module. Set output_projection in ARCHITECTURES[{name!r}], or leave output_r out."
+            )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
     if chunk_size:
         raise ValueError(

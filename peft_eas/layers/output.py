@@ -6,6 +6,7 @@ from torch import nn
 
 from ..config import EASConfig
 from ..folding.fold import LowRankMap, added, features
+from ..folding.offloaded import offload_hook
 from ..runtime.adapter import Affine
 from .adapted import AdaptedLayer
 from .candidate import Candidate
@@ -87,6 +88,22 @@ class OutputLayer(AdaptedLayer):
     def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
         """As above."""
         return added([adapter.low_rank_map() for adapter in self.used_adapters(adapter_names)])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As above."""
+        super().merge(safe_merge, adapter_names)
+        self._fetch()
+
+    def unmerge(self) -> None:
+        """As above."""
+        super().unmerge()
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Brings offloaded weights back: PEFT offloads those of a `base_layer` itself, behind a merge, as they are."""
+        hook = offload_hook(self.base_layer)
+        if hook is not None:
+            hook.pre_forward(self.base_layer)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Takes and returns what the projection does."""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import Architecture, at_path, find_mhas, join
+from ..architectures import Architecture, at_path, find_mhas, has_path, join
 from ..folding.fold import features
 from ..injection.checks import first_layer_note
 from ..injection.targets import block_width, matches
@@ -101,7 +101,7 @@ class _MHA:
         # Experts have no biases; one vector in front of them takes their place.
         ffn_inputs = () if row.experts else (at_path(block, path) for path in row.ffn_projections)
         self.ffn_biases = block_width(model, block_name, row) if row.experts else _missing_biases(ffn_inputs, added)
-        if row.output_projection is not None:
+        if row.output_projection is not None and has_path(block, row.output_projection):
             self.output_biases = _missing_biases([at_path(block, row.output_projection)], added)
         kept = size_of(at_path(block, row.kept_norm), added) if row.kept_norm else 0
         self.parameters = size_of(self.mha, added) - kept
