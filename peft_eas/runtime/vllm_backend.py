@@ -18,6 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .forward import SHIFT_NAME
 
+# Types of the stock configs of models whose text attends to the tokens of an image in both directions. vLLM knows them by
+# the type, or else by an attribute of the config.
+ATTENDS_BOTH_WAYS = ("gemma3", "paligemma")
 # In the config of the text model that the backend holds: what it said of all layers.
 _ALL_LAYERS = "eas_all_layers"
 # In a config of all layers that a model was built from, so that the body of a model with a head takes it as it is.
@@ -102,10 +105,12 @@ def _is_for_vllm(config: PreTrainedConfig | None) -> bool:
 
 
 def _ignore_markers(model: PreTrainedModel) -> None:
-    """Lets vLLM's loader pass over the markers of the deleted attentions, which are no weights."""
+    """Lets vLLM's loader pass over the markers of the deleted attentions, which are no weights.
+
+    And over nothing else: a stock class's patterns are for what old checkpoints held, and GPT-2's would take biases.
+    """
     markers = [f"{name}.{entry['marker']}" for name, entry in model.config.eas["skipped"].items()]
-    ignored = [rf"(^|\.){re.escape(marker)}$" for marker in markers]
-    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *ignored]
+    model._keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(marker)}$" for marker in markers]
 
 
 def _deleted_layers(model: PreTrainedModel, is_text_model: bool) -> set[int]:
