@@ -7,7 +7,6 @@ import copy
 import importlib.util
 import json
 import os
-from pathlib import Path
 
 import merged_smollm2
 import numpy as np

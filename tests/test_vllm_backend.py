@@ -1,7 +1,7 @@
-"""Merged models in vLLM's backend for transformers' models: what it is shown of them, and what the engine makes of them.
+"""What vLLM's backend for transformers' models is shown of merged ones; test_vllm_engine.py runs them there.
 
-The engine runs where PEFT_EAS_VLLM_PYTHON names an interpreter that has it. All else is tested on what it does: it sets
-the attention of the config that it holds, builds the model from that, twice, and reads both.
+What the backend does: it sets the attention of the config that it holds, builds the model from that, twice, and reads
+both.
 """
 
 import copy
@@ -201,7 +201,7 @@ def test_each_prompts_own_context_is_refused():
 
 def test_a_model_without_any_attention_is_refused():
     merged = make_eas("llama", "cpu", [0, 1, 2, 3], "running").merge_and_unload()
-    with pytest.raises(ValueError, match="All attentions of this model are deleted.*Use transformers"):
+    with pytest.raises(ValueError, match=r"All attentions of this model are deleted.*Use transformers"):
         AutoModel.from_config(config_in_vllm(merged))
 
 

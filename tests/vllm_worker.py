@@ -1,8 +1,8 @@
 """What vLLM makes of folders; run by the tests with an interpreter that has vLLM.
 
-Usage: vllm_worker.py JOBS.json RESULT.json. A job has `folder`, `options` of vLLM's `LLM`, and what to ask it: `prompts`,
-lists of token ids or texts with the images that belong to them, and `num_tokens`; or `embed`, lists of token ids. A
-result has `tokens`, without the one that ends the text, or `embeddings`; `bytes_per_token` of the KV cache; or `error`.
+Usage: vllm_worker.py JOBS.json RESULT.json. A job has `folder`, `options` of vLLM's `LLM`, and what to ask it:
+`prompts`, lists of token ids, or texts with their `images`, and `num_tokens`; or `embed`, lists of token ids. A result
+has `tokens`, and `bytes_per_token` of the KV cache; or `embeddings`; or an `error`.
 """
 
 import gc
@@ -33,17 +33,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         prompts = [{"prompt_token_ids": ids} for ids in job["embed"]]
         return {"embeddings": [output.outputs.data.tolist() for output in llm.encode(prompts, pooling_task="embed")]}
     sampling = SamplingParams(temperature=0.0, max_tokens=job["num_tokens"])
-    outputs = llm.generate([_prompt(*job_prompt) for job_prompt in _pairs(job)], sampling, use_tqdm=False)
+    images = job.get("images") or [None] * len(job["prompts"])
+    requests = [_request(*pair) for pair in zip(job["prompts"], images, strict=True)]
+    outputs = llm.generate(requests, sampling, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     return {"tokens": tokens, "bytes_per_token": _bytes_per_token(llm)}
 
 
-def _pairs(job: dict[str, Any]) -> list[tuple[Any, Any]]:
-    images = job.get("images") or [None] * len(job["prompts"])
-    return list(zip(job["prompts"], images, strict=True))
-
-
-def _prompt(prompt: str | list[int], image: str | None) -> dict[str, Any]:
+def _request(prompt: str | list[int], image: str | None) -> dict[str, Any]:
     request = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
     if image is not None:
         from PIL import Image

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .forward import SHIFT_NAME
 
-# Types of the stock configs of models whose text attends to the tokens of an image in both directions. vLLM knows them by
-# the type, or else by an attribute of the config.
+# Types of the stock configs of models whose text attends to the tokens of an image in both directions. vLLM knows them
+# by the type, or else by an attribute of the config.
 ATTENDS_BOTH_WAYS = ("gemma3", "paligemma")
 # In the config of the text model that the backend holds: what it said of all layers.
 _ALL_LAYERS = "eas_all_layers"
