@@ -32,5 +32,5 @@ def vllm_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     results = run_worker(python, "vllm_worker.py", folder / "jobs.json")
     errors = [(job["folder"], result["error"]) for job, result in zip(jobs, results) if "error" in result]
-    assert not errors
+    assert not errors, errors
     return results

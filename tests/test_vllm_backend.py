@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peft_eas.runtime.merged import merged_config_class
 from peft_eas.runtime.skipped import SkippedMHA
 
 # --- what vLLM is shown ----------------------------------------------------------------------------------------------
@@ -211,6 +212,27 @@ def test_deleted_attentions_of_several_kinds_are_refused():
     config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match=r"several kinds.*decoder\.layers\.N.*encoder\.layers\.N"):
         AutoModel.from_config(config)
+
+
+def test_latent_attentions_need_the_type_of_the_base():
+    """By which vLLM knows them."""
+    merged = make(ARCHITECTURES["deepseek_v3"], "some").merge_and_unload()
+    config = config_in_vllm(merged)
+    with pytest.raises(ValueError, match=r"'eas_deepseek_v3'.*hf_overrides=\{'model_type': 'deepseek_v3'\}"):
+        AutoModel.from_config(config)
+    config.model_type = "deepseek_v3"
+    for _ in range(2):
+        model = AutoModel.from_config(config)
+        assert list(attentions(model).values()) == [0, 1]
+
+
+def test_images_that_are_attended_to_both_ways():
+    """Which vLLM knows by the type of the stock config, or by this."""
+    both_ways = {
+        name: merged_config_class(getattr(transformers, name)) for name in ("Gemma3Config", "PaliGemmaConfig")
+    }
+    assert all(config_class.is_mm_prefix_lm for config_class in both_ways.values())
+    assert not merged_config_class(transformers.LlavaConfig).is_mm_prefix_lm
 
 
 def test_a_pipeline_is_refused():

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import merged_smollm2
+import numpy as np
 import pytest
 import torch
 import transformers
 from engines import interpreter, run_worker, vllm_jobs
 from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,7 +27,9 @@ _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
 _DECODER = {**_TOKENS, **_SIZES, "num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.15}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}
+# Not tied, which would have them say the last token again and again.
+_GEMMA = {"head_dim": 32, "tie_word_embeddings": False}
+_WINDOWED = {**_GEMMA, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _DEEPSEEK = {
     **{"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "q_lora_rank": 32},
@@ -67,9 +71,9 @@ FAMILIES = {
     ),
     "qwen3": Row("Qwen3ForCausalLM", lambda: T.Qwen3Config(**_DECODER, head_dim=32)),
     "smollm3": Row("SmolLM3ForCausalLM", lambda: T.SmolLM3Config(**_DECODER, no_rope_layer_interval=2)),
-    "gemma": Row("GemmaForCausalLM", lambda: T.GemmaConfig(**_DECODER, head_dim=32)),
-    "gemma2": Row("Gemma2ForCausalLM", lambda: T.Gemma2Config(**_DECODER, **_GEMMA)),
-    "gemma3": Row("Gemma3ForCausalLM", lambda: T.Gemma3TextConfig(**_DECODER, **_GEMMA, layer_types=_MIXED)),
+    "gemma": Row("GemmaForCausalLM", lambda: T.GemmaConfig(**_DECODER, **_GEMMA)),
+    "gemma2": Row("Gemma2ForCausalLM", lambda: T.Gemma2Config(**_DECODER, **_WINDOWED)),
+    "gemma3": Row("Gemma3ForCausalLM", lambda: T.Gemma3TextConfig(**_DECODER, **_WINDOWED, layer_types=_MIXED)),
     "olmo2": Row("Olmo2ForCausalLM", lambda: T.Olmo2Config(**_DECODER)),
     "phi3": Row("Phi3ForCausalLM", lambda: T.Phi3Config(**_DECODER)),
     "starcoder2": Row("Starcoder2ForCausalLM", lambda: T.Starcoder2Config(**_DECODER)),
@@ -78,17 +82,10 @@ FAMILIES = {
         "Qwen3MoeForCausalLM",
         lambda: T.Qwen3MoeConfig(**_DECODER, **_EXPERTS, num_experts=4, decoder_sparse_step=2, head_dim=32),
     ),
-    # Without the option vLLM, which knows latent attentions by the model's type, raises an error.
     "deepseek_v3": Row(
         "DeepseekV3ForCausalLM",
         lambda: T.DeepseekV3Config(**{**_DECODER, "num_key_value_heads": 2}, **_EXPERTS, **_DEEPSEEK),
         {"hf_overrides": {"model_type": "deepseek_v3"}},
-    ),
-    "gpt2": Row(
-        "GPT2LMHeadModel",
-        lambda: T.GPT2Config(
-            **_TOKENS, n_embd=64, n_inner=96, n_layer=4, n_head=2, n_positions=512, initializer_range=0.15
-        ),
     ),
     "gpt_neox": Row("GPTNeoXForCausalLM", lambda: T.GPTNeoXConfig(**_without(_DECODER, "num_key_value_heads"))),
     "opt": Row(
@@ -162,6 +159,17 @@ def test_tokens_and_cache_of_every_decoder(name, tmp_path):
 
 # vLLM refuses the stock model, for a reason that is not ours.
 REFUSED = {
+    "gpt2": (
+        Row("GPT2LMHeadModel", lambda: T.GPT2Config(**_TOKENS, n_embd=64, n_layer=4, n_head=2, n_positions=512)),
+        "weights were not initialized from checkpoint",
+    ),
+    "modernbert": (
+        Row(
+            "ModernBertForMaskedLM",
+            lambda: T.ModernBertConfig(**_without(_DECODER, "num_key_value_heads"), cls_token_id=1, sep_token_id=2),
+        ),
+        "Cannot resolve attention scaling expression",
+    ),
     "falcon": (
         Row(
             "FalconForCausalLM",
@@ -200,9 +208,14 @@ def test_refusals_of_ours_reach_the_user(tmp_path):
     names = [f"model.layers.{i}.self_attn" for i in (0, 2)]
     config = EASConfig(task_type="CAUSAL_LM", skipped_modules=names, context="prompt", init_weights=False)
     prompted = get_peft_model(row.build(), config).merge_and_unload(context="prompt")
-    jobs = [job(prompted, tmp_path / "prompt"), job(merge(row, [0, 1, 2, 3]), tmp_path / "all")]
+    everything = merge(row, [0, 1, 2, 3])
+    latent = merge(FAMILIES["deepseek_v3"], [0])
+    jobs = [
+        job(model, tmp_path / name) for name, model in (("prompt", prompted), ("all", everything), ("mla", latent))
+    ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    prompted, nothing_left = run_worker(python, "vllm_worker.py", tmp_path / "jobs.json")
+    prompted, nothing_left, latent = run_worker(python, "vllm_worker.py", tmp_path / "jobs.json")
+    assert "hf_overrides={'model_type': 'deepseek_v3'}" in latent["error"]
     assert 'merged with context="prompt"' in prompted["error"]
     assert "All attentions of this model are deleted" in nothing_left["error"]
 
@@ -233,12 +246,6 @@ _ENCODER = {**_SIZES, **_TOKENS, "max_position_embeddings": 130, "initializer_ra
 ENCODERS = {
     "bert": Row("BertModel", lambda: T.BertConfig(**_ENCODER)),
     "roberta": Row("RobertaModel", lambda: T.RobertaConfig(**_ENCODER)),
-    "modernbert": Row(
-        "ModernBertModel",
-        lambda: T.ModernBertConfig(
-            **_without(_DECODER, "num_key_value_heads"), cls_token_id=1, sep_token_id=2, local_attention=WINDOW
-        ),
-    ),
 }
 
 
@@ -249,6 +256,7 @@ def test_embeddings_of_encoders(name, tmp_path):
     asked = prompts(5, 17, 100)
     options = {"model_impl": "transformers", "runner": "pooling", "max_model_len": 120}
     request = {"folder": save(model, tmp_path / "m"), "embed": asked, "options": options}
+    word_tokenizer().save_pretrained(tmp_path / "m")  # which vLLM asks for
     (result,) = vllm_jobs([request], tmp_path)
     for prompt, embedding in zip(asked, result["embeddings"]):
         with torch.no_grad():
@@ -259,16 +267,57 @@ def test_embeddings_of_encoders(name, tmp_path):
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A word for every token id."""
+def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A word for every token id; `special` names tokens that a processor asks for."""
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, IMAGE_TOKEN)), "<image>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+        **{"tokenizer_object": tokenizer, "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"},
+        **{"unk_token": "<pad>", "extra_special_tokens": special},
     )
-    wrapped.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    wrapped.add_tokens([AddedToken("<image>", special=True, normalized=False)])
     return wrapped
+
+
+def test_images(tmp_path):
+    """Llava, whose text model alone is skipped."""
+    interpreter("PEFT_EAS_VLLM_PYTHON")
+    vision = {**_without(_SIZES, "num_hidden_layers"), "num_hidden_layers": 2, "image_size": 56, "patch_size": 14}
+    row = Row(
+        "LlavaForConditionalGeneration",
+        lambda: T.LlavaConfig(
+            text_config=T.LlamaConfig(**_DECODER),
+            vision_config=T.CLIPVisionConfig(**vision),
+            image_token_index=IMAGE_TOKEN,
+            image_seq_length=16,
+        ),
+    )
+    processor = T.LlavaProcessor(
+        T.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        word_tokenizer(image_token="<image>"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    model = merge(row, [0, 2])
+    folder = save(model, tmp_path / "m")
+    processor.save_pretrained(folder)
+    text, pictures, expected = "w5 w9 <image> w7 w20", [], []
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+        pictures.append(str(tmp_path / f"{seed}.png"))
+        Image.fromarray(pixels).save(pictures[-1])
+        inputs = processor(images=Image.open(pictures[-1]), text=text, return_tensors="pt")
+        with torch.no_grad():
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+        expected.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    assert expected[0] != expected[1]
+    options = {"model_impl": "transformers"}
+    request = {"folder": folder, "prompts": [text] * 2, "images": pictures, "num_tokens": 12, "options": options}
+    (result,) = vllm_jobs([request], tmp_path)
+    assert result["tokens"] == expected
 
 
 # --- a real model ----------------------------------------------------------------------------------------------------

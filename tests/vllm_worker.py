@@ -16,6 +16,8 @@ from typing import Any
 # One process for all folders.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# Two workers may share a NUMA node, and all of it with others.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 _DEFAULTS = {
     **{"dtype": "float32", "trust_remote_code": True, "enforce_eager": True, "max_model_len": 512},
     **{"max_num_seqs": 4, "max_num_batched_tokens": 512, "disable_log_stats": True},

@@ -31,7 +31,8 @@ def config_of_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     """What to build a model from: a copy of `config` that knows all layers where vLLM builds it, else `config`.
 
     Raises:
-        ValueError: if vLLM builds a model that keeps adapters for each prompt's own context.
+        ValueError: if vLLM builds a model that keeps adapters for each prompt's own context, or one with latent
+            attentions whose type it was not told.
     """
     text = _text_config(config)
     if text is None or getattr(config, _IS_WHOLE, False):
@@ -41,6 +42,13 @@ def config_of_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
             'This model was merged with context="prompt": its weights depend on each prompt, which takes '
             "transformers. For vLLM, call freeze_context() before the end of training (or load the adapter with "
             'context="running") and merge again.'
+        )
+    if text is config and getattr(text, "kv_lora_rank", None) is not None and text.model_type.startswith("eas_"):
+        stock = text.model_type.removeprefix("eas_")
+        raise ValueError(
+            f"vLLM knows latent attentions by the model's type, which here is {text.model_type!r}, and would get the "
+            f'size of their cache wrong. Tell it the base\'s: --hf-overrides \'{{"model_type": "{stock}"}}\', or in '
+            f"Python hf_overrides={{'model_type': {stock!r}}}."
         )
     whole = copy.deepcopy(config)
     for name, value in getattr(text, _ALL_LAYERS, {}).items():
