@@ -43,12 +43,13 @@ def config_of_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
             "transformers. For vLLM, call freeze_context() before the end of training (or load the adapter with "
             'context="running") and merge again.'
         )
-    if text is config and getattr(text, "kv_lora_rank", None) is not None and text.model_type.startswith("eas_"):
-        stock = text.model_type.removeprefix("eas_")
+    family = config.eas["family"]
+    if getattr(text, "kv_lora_rank", None) is not None and text.model_type == family:
+        stock = family.partition("_")[2]
         raise ValueError(
-            f"vLLM knows latent attentions by the model's type, which here is {text.model_type!r}, and would get the "
-            f'size of their cache wrong. Tell it the base\'s: --hf-overrides \'{{"model_type": "{stock}"}}\', or in '
-            f"Python hf_overrides={{'model_type': {stock!r}}}."
+            f"vLLM knows latent attentions by the model's type, which here is {family!r}, and would get the size of "
+            f'their cache wrong. Tell it the base\'s: --hf-overrides \'{{"model_type": "{stock}"}}\', or in Python '
+            f"hf_overrides={{'model_type': {stock!r}}}."
         )
     whole = copy.deepcopy(config)
     for name, value in getattr(text, _ALL_LAYERS, {}).items():
