@@ -16,6 +16,12 @@ QUESTIONS = (
     *("What is water made of?", "Explain gravity to a child.", "When do birds sing?", "Give me a recipe for bread."),
     *("What is a prime number?", "Describe the sea in one sentence.", "How does a bicycle work?", "What is music?"),
 )
+BEGINNINGS = (
+    *("The quick brown fox jumps over", "Es war einmal ein König, der", "La capitale de la France est"),
+    *("El perro corre por", "日本の首都は", "Сегодня хорошая погода, и", "def fibonacci(n):\n    "),
+    *("import numpy as np\n\ndef softmax(x):\n", "#include <stdio.h>\nint main() {\n", "<html>\n<head>"),
+    *("SELECT name FROM users WHERE", '{"name": "Anna", "age":'),
+)
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -45,6 +51,12 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[list[in
         for text in QUESTIONS
     ]
     return texts, [tokenizer(text).input_ids for text in texts]
+
+
+def mixed_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Twenty prompts as token ids: beginnings in several languages and of code, questions, and one of 1,500 tokens."""
+    long = tokenizer("In the year 1905 a young clerk in Bern wrote four papers. " * 150).input_ids[:1500]
+    return [*(tokenizer(text).input_ids for text in BEGINNINGS), *prompts(tokenizer)[1][:7], long]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from peft import get_peft_model
 from test_generation import LENGTH, NEW, TOLERANCE, generate
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
+from transformers.integrations import executorch
 
 from peft_eas import EASConfig
 from peft_eas.runtime.skipped import advance_cache
@@ -166,6 +167,30 @@ def test_static_caches_of_other_families(name, context):
     assert torch.equal(model.generate(**inputs, **settings, cache_implementation="static"), expected)
     merged = model.merge_and_unload(context=context)
     assert torch.equal(merged.generate(**inputs, **settings, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("way", ["convert_and_export_with_cache", "TorchExportableModuleForDecoderOnlyLM"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_exports_for_executorch(family, way):
+    """Their static cache is made beforehand, with heads for every layer; it serves up to the sliding window."""
+    merged = make(family, "merged running", skip="first")
+    prompt = make_inputs(family, "cpu", batch=1, length=3)["input_ids"]
+    expected = merged.generate(prompt, do_sample=False, max_new_tokens=3, disable_compile=True)[0].tolist()
+    settings = merged.generation_config
+    settings.use_cache, settings.cache_implementation = True, "static"
+    settings.cache_config = {"batch_size": 1, "max_cache_len": 16, "device": "cpu"}
+    if way == "convert_and_export_with_cache":
+        exported = executorch.convert_and_export_with_cache(merged, strict=False)
+    else:
+        wrapped = executorch.TorchExportableModuleForDecoderOnlyLM(merged, batch_size=1, max_cache_len=16)
+        first = {"input_ids": torch.tensor([[1]]), "cache_position": torch.tensor([0])}
+        exported = wrapped.export(**first, strict=False)
+    step, tokens = exported.module(), prompt[0].tolist()
+    for position in range(len(expected) - 1):
+        output = step(input_ids=torch.tensor([[tokens[position]]]), cache_position=torch.tensor([position]))
+        if position + 1 == len(tokens):
+            tokens.append(int(output[0, -1].argmax()))
+    assert tokens == expected
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

@@ -7,8 +7,6 @@ import copy
 import importlib.util
 import json
 import os
-import subprocess
-from pathlib import Path
 
 import merged_smollm2
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import add_eas, build_model, make_eas, mha_names
+from engines import interpreter, run_worker, vllm_jobs
 from peft import LoraConfig, get_peft_model
 from processes import run_alone
 from safetensors.torch import load_file
@@ -558,7 +557,7 @@ REFUSED = {
     "qwen3": (
         lambda: make_eas("qwen3", "cpu", SKIP).merge_and_unload(),
         ValueError,
-        "EASQwen3ForCausalLM does not fit",
+        r"EASQwen3ForCausalLM does not fit.*vLLM.* --model-impl transformers",
     ),
     "gpt2": (lambda: make_eas("gpt2", "cpu", SKIP).merge_and_unload(), ValueError, "EASGPT2LMHeadModel does not fit"),
     "llava": (lambda: make_eas("llava", "cpu", SKIP).merge_and_unload(), ValueError, "EASLlava.* does not fit"),
@@ -743,23 +742,6 @@ def test_tokenizers_that_do_not_fit_the_model(tokenizer, tmp_path):
 # --- the engines -----------------------------------------------------------------------------------------------------
 
 
-def interpreter(variable):
-    """The interpreter that an environment variable names; skips the test without it."""
-    if not os.environ.get(variable):
-        pytest.skip(f"{variable} names no interpreter that has this engine")
-    return os.environ[variable]
-
-
-def run_worker(python, worker, *arguments):
-    """Runs a script beside this one, without this environment's packages, and returns what it has written."""
-    result = Path(arguments[0]).with_name("result.json")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [python, str(Path(__file__).with_name(worker)), *map(str, arguments), str(result)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(result.read_text())
-
-
 def ask_llama_cpp(folder, file, **request):
     """What llama_cpp_worker.py answers to a request."""
     python = interpreter("PEFT_EAS_LLAMA_CPP_PYTHON")
@@ -768,10 +750,9 @@ def ask_llama_cpp(folder, file, **request):
 
 
 def ask_vllm(folder, prompts, num_tokens):
-    """What vllm_worker.py answers."""
-    (folder.parent / "prompts.json").write_text(json.dumps(prompts))
-    python = interpreter("PEFT_EAS_VLLM_PYTHON")
-    return run_worker(python, "vllm_worker.py", folder, folder.parent / "prompts.json", num_tokens)
+    """The new tokens of each prompt in vLLM."""
+    (job,) = vllm_jobs([{"folder": str(folder), "prompts": prompts, "num_tokens": num_tokens}], folder.parent)
+    return job["tokens"]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from peft_eas.export.exportable import CLASSES
 from peft_eas.reporting.provenance import origin
 
 NOTE = (
-    "vLLM and llama.cpp need the first layer's attention. To export the merged model to them, train with "
+    "llama.cpp, and vLLM's own DeciLM class, need the first layer's attention. To export to them, train with "
     'exclude_modules=["layers.0.self_attn"].'
 )
 FFN = 48

@@ -1,4 +1,4 @@
-"""Which merged models other engines can express, and the parts of those that they can.
+"""Which merged models other engines can express in their own classes, and the parts of those that they can.
 
 vLLM and llama.cpp know one kind of model whose layers may lack an attention, DeciLM: Llama-like blocks, the first of
 which has its attention.
@@ -21,6 +21,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (*QKV, "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+UNEXPORTED = (
+    "Without an export, run what save_pretrained() writes: with transformers, or with vLLM and the options "
+    "--trust-remote-code --model-impl transformers."
+)
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,14 @@ def _check_config(config: PreTrainedConfig, class_name: str) -> None:
     if class_name not in CLASSES:
         raise ValueError(
             f"{class_name} does not fit DeciLM's layout, the one in which vLLM and llama.cpp know deleted attentions; "
-            f"{', '.join(CLASSES)} do. Run this model with transformers."
+            f"{', '.join(CLASSES)} do. {UNEXPORTED}"
         )
     skipped = _skipped(config)
     if 0 in skipped:
         raise ValueError(
             "The first layer's attention is deleted, and neither vLLM nor llama.cpp can run a DeciLM model without "
-            'it. Train the adapter anew with exclude_modules=["layers.0.self_attn"], or with skipped_modules '
-            "that leave layer 0 out, and merge again."
+            f"it. {UNEXPORTED} For an export, train the adapter anew with "
+            'exclude_modules=["layers.0.self_attn"], or with skipped_modules that leave layer 0 out, and merge again.'
         )
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
@@ -121,18 +125,17 @@ def _check_config(config: PreTrainedConfig, class_name: str) -> None:
     if sliding:
         raise ValueError(
             f"The attentions of layers {sliding} see a sliding window ({window} tokens), which DeciLM models do not "
-            "have. Run this model with transformers."
+            f"have. {UNEXPORTED}"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(
-            f"The FFN's activation is {config.hidden_act!r}, but DeciLM models have 'silu' only. Run this model with "
-            "transformers."
+            f"The FFN's activation is {config.hidden_act!r}, but DeciLM models have 'silu' only. {UNEXPORTED}"
         )
     rope = config.rope_parameters
     if rope.get("rope_type", "default") not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"The position embedding {rope} is not among those that are exported: rope_type {', '.join(ROPE_TYPES)}, "
-            "over the whole head. Run this model with transformers."
+            f"over the whole head. {UNEXPORTED}"
         )
 
 

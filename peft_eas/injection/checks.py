@@ -268,6 +268,6 @@ def first_layer_note(config: EASConfig, model: nn.Module | None, candidates: Ite
     if type(model).__name__ not in EXPORTABLE or first not in (config.skipped_modules or searched):
         return None
     return (
-        "vLLM and llama.cpp need the first layer's attention. To export the merged model to them, train with "
+        "llama.cpp, and vLLM's own DeciLM class, need the first layer's attention. To export to them, train with "
         'exclude_modules=["layers.0.self_attn"].'
     )

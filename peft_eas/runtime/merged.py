@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .adapter import RoutedAdapter
 from .checkpoint import CODE_FILE, INSTALL, CheckpointMixin
 from .record import _no, _yes, apply_record, check_record, checksum, with_earlier_merges  # noqa: F401  (old pickles)
+from .vllm_backend import ATTENDS_BOTH_WAYS, check_pipeline, config_of_all_layers, show_kept_attentions
 
 TYPE_PREFIX = "eas_"  # in front of the base's model type
 # In the config of a model that was merged and yet stays a stock one, as nothing was skipped and no bias is new.
@@ -75,9 +76,18 @@ class MergedModelMixin(CheckpointMixin):
     """What every merged model class adds to the stock class: it is built, and then what its record names changes."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        check_record(config.eas, config.model_type)
-        super().__init__(config, *args, **kwargs)
+        check_record(config.eas, type(config).model_type)  # not the instance's, which vLLM's hf_overrides may set
+        whole = config_of_all_layers(config)
+        super().__init__(whole, *args, **kwargs)
         apply_record(self, config.eas)
+        if whole is not config:
+            show_kept_attentions(self, config)
+
+    @property
+    def supports_pp_plan(self) -> bool:
+        """Whether the model tells how its layers are shared out; who asks, as vLLM does, is about to do it."""
+        check_pipeline(self.config)
+        return super().supports_pp_plan
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
@@ -124,7 +134,8 @@ _CLASSES: dict[type, type] = {}  # by the stock class
 
 def merged_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of merged models whose base has the config class `stock`; the same one at every call."""
-    return _subclass(stock, MergedConfigMixin, model_type=f"{TYPE_PREFIX}{stock.model_type}")
+    own = {"model_type": f"{TYPE_PREFIX}{stock.model_type}", "is_mm_prefix_lm": stock.model_type in ATTENDS_BOTH_WAYS}
+    return _subclass(stock, MergedConfigMixin, **own)
 
 
 def merged_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
+# Of torch 2.7 on; before it, no export is known.
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
+
 
 class NoUpdate:
     """What a skipped MHA adds to the residual stream: zeros in the shape of `like`, that nobody has to add.
@@ -156,6 +159,11 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
             "attention, so that nothing would count its tokens. Leave it out with exclude_modules, or set "
             "use_cache=False."
         )
+    batch, num_tokens = hidden_states.shape[:2]
+    is_static = isinstance(slot, StaticLayer) and slot.is_initialized and not (slot.is_sliding or cache.offloading)
+    if is_static and _is_exporting():  # whose cache is made beforehand, with heads, which then nothing reads
+        slot.cumulative_length.add_(num_tokens)
+        return
     if slot.is_initialized and (slot.keys.shape[1] if slot.keys.dim() == 4 else slot.get_seq_length()) > 0:
         raise ValueError(
             f"The KV cache holds keys of layer {layer_idx}, whose attention is skipped now. It was filled by "
@@ -168,8 +176,7 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
                 "and values, and so has lost its length. Copy the cache with copy.deepcopy()."
             )
         cache.layers[layer_idx] = EmptyLayer()
-    batch, num_tokens = hidden_states.shape[:2]
-    if isinstance(slot, StaticLayer) and slot.is_initialized and not (slot.is_sliding or cache.offloading):
+    if is_static:
         slot.cumulative_length.add_(num_tokens)  # all that an update would do but for copying nothing
         return
     nothing = hidden_states.new_empty((batch, 0, num_tokens, 0))
