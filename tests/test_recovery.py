@@ -62,7 +62,15 @@ def test_every_variant_is_tuned_once_with_the_same_set(monkeypatch, tmp_path):
 
 def record(variant: str, accuracy: float, seed: int = 0, num_skip: int = 2) -> dict:
     point = dict(zip(KEY, ("tiny", num_skip, variant, seed)))
-    return {**point, "skipped": [], "trainable": 1000, "steps": 9, "cpu_seconds": 3.2, "accuracy": accuracy}
+    return {
+        **point,
+        "skipped": [],
+        "trainable": 1000,
+        "steps": 9,
+        "cpu_seconds": 3.2,
+        "accuracy": accuracy,
+        "loss": 0.5,
+    }
 
 
 def test_the_report_tells_what_is_won_back(tmp_path):
@@ -78,9 +86,9 @@ def test_the_report_tells_what_is_won_back(tmp_path):
         [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().split("\n")
     ]
     rows = {row[0]: row[1:] for row in rows if len(row) > 1}
-    assert rows[NOTHING_SKIPPED] == ["90.00", "—", "1,000", "3", "1"]
-    assert rows["identity"] == ["80.00", "—", "1,000", "3", "1"]
-    assert rows["fit"] == ["85.00 ± 1.41", "50 %", "1,000", "3", "2"]
+    assert rows[NOTHING_SKIPPED] == ["90.00", "—", "0.500", "1,000", "3", "1"]
+    assert rows["identity"] == ["80.00", "—", "0.500", "1,000", "3", "1"]
+    assert rows["fit"] == ["85.00 ± 1.41", "50 %", "0.500", "1,000", "3", "2"]
     assert (tmp_path / "accuracy.png").stat().st_size > 0
 
 

@@ -35,7 +35,7 @@ def _accuracies(runs: Sequence[Record], group: Group, variant: str) -> list[floa
 
 def _table(runs: Sequence[Record], group: Group) -> str:
     whole, first = (_accuracies(runs, group, variant) for variant in (NOTHING_SKIPPED, FIRST))
-    rows = [["", "accuracy", "won back", "trainable parameters", "seconds", "seeds"]]
+    rows = [["", "accuracy", "won back", "loss", "trainable parameters", "seconds", "seeds"]]
     for variant in (NOTHING_SKIPPED, *VARIANTS):
         values = _accuracies(runs, group, variant)
         if not values:
@@ -46,11 +46,21 @@ def _table(runs: Sequence[Record], group: Group) -> str:
         if whole and first and variant not in (NOTHING_SKIPPED, FIRST):
             lost = statistics.mean(whole) - statistics.mean(first)
             won = f"{100 * (statistics.mean(values) - statistics.mean(first)) / lost:.0f} %" if lost > 0 else "—"
+        losses = [run["loss"] for run in own if "loss" in run]
+        loss = f"{statistics.mean(losses):.3f}" if losses else "—"
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         seconds = statistics.median(run["cpu_seconds"] for run in own)
         trainable = f"{own[0]['trainable']:,}"
         rows.append(
-            [variant, f"{statistics.mean(values):.2f}{spread}", won, trainable, f"{seconds:.0f}", str(len(values))]
+            [
+                variant,
+                f"{statistics.mean(values):.2f}{spread}",
+                won,
+                loss,
+                trainable,
+                f"{seconds:.0f}",
+                str(len(values)),
+            ]
         )
     steps = ", ".join(sorted({str(run["steps"]) for run in runs if run["model"] == group[0]}))
     return f"## {group[0]}: {group[1]} skipped, {steps} steps\n\n{markdown_table(rows)}"
