@@ -3,12 +3,14 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from examples.recovery.runs import Record, read_runs
 from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
 from examples.shared.measure import markdown_table
 
 FIRST = next(iter(VARIANTS))
+MODELS = {"minilm-banking77": "all-MiniLM-L6", "banking77": "SmolLM2-135M"}  # by the task's name
 Group = tuple[str, int]  # a model and a number of skipped attentions
 
 
@@ -63,7 +65,7 @@ def _table(runs: Sequence[Record], group: Group) -> str:
             ]
         )
     steps = ", ".join(sorted({str(run["steps"]) for run in runs if run["model"] == group[0]}))
-    return f"## {group[0]}: {group[1]} skipped, {steps} steps\n\n{markdown_table(rows)}"
+    return f"## {MODELS.get(group[0], group[0])}: {group[1]} skipped, {steps} steps\n\n{markdown_table(rows)}"
 
 
 def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
@@ -73,7 +75,10 @@ def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(3.4 * len(groups), 3.6), squeeze=False, layout="tight")
+    figure, panels = pyplot.subplots(
+        1, len(groups), figsize=(3.4 * len(groups), 3.6), squeeze=False, layout="constrained"
+    )
+    lines: list[Any] = []
     for panel, group in zip(panels[0], groups):
         names = [name for name in VARIANTS if _accuracies(runs, group, name)]
         for place, name in enumerate(names):
@@ -82,12 +87,13 @@ def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
             panel.plot([place - 0.25, place + 0.25], [statistics.mean(values)] * 2, color="#0072B2", linewidth=2.2)
         whole = _accuracies(runs, group, NOTHING_SKIPPED)
         if whole:
-            panel.axhline(statistics.mean(whole), color="black", linestyle="--", label=NOTHING_SKIPPED)
-            panel.legend(frameon=False, loc="lower right")
+            line = panel.axhline(statistics.mean(whole), color="black", linestyle="--", label=NOTHING_SKIPPED)
+            lines = [line]
         panel.set_xticks(range(len(names)), [name.replace(", ", ",\n").replace(" ", "\n") for name in names])
-        panel.set_title(f"{group[0]}, {group[1]} skipped")
+        panel.set_title(f"{MODELS.get(group[0], group[0])}, {group[1]} skipped")
         panel.set_ylabel("accuracy, %")
         panel.grid(axis="y", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=lines, frameon=False, loc="outside lower center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
