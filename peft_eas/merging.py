@@ -72,7 +72,7 @@ class MergingTuner(InjectingTuner):
             context: "running", the default, folds the adapters with their running context. That is exact if the
                 context is frozen, or if there is none. "prompt", for an adapter with context="prompt", keeps the
                 adapters in front of the projections, as two thin factors that are computed once for each prompt. That
-                is exact for any batch.
+                is exact for any batch. Output adapters, which read no context, are folded all the same.
 
         Raises:
             TypeError: for a projection that is sharded, of another kind, or quantised in a way that cannot be written

@@ -175,7 +175,8 @@ def test_generates_alike_with_and_without_cache_padding_and_adapters(name, conte
     if family.kind == "decoder":
         settings["suppress_tokens"] = SPECIAL_TOKENS
     expected = model.generate(**inputs, **settings)
-    assert torch.equal(model.generate(**inputs, **settings, use_cache=False), expected)
+    if not family.model_class.startswith("PaliGemma"):  # which, without a cache, sees its answer in both directions
+        assert torch.equal(model.generate(**inputs, **settings, use_cache=False), expected)
     beams = model.generate(**inputs, **settings, num_beams=2)
     merged = merge(model, context)
     assert torch.equal(merged.generate(**inputs, **settings), expected)
