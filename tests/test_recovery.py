@@ -1,13 +1,11 @@
 """The ablation of what wins accuracy back: its runs on a tiny model, its files, its report."""
 
-import random
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import BertConfig, BertForSequenceClassification
+from tiny_queries import load_tiny_base, tiny_queries
 
 from examples.recovery import __main__ as program
 from examples.recovery.report import write_report
@@ -15,31 +13,11 @@ from examples.recovery.runs import KEY, read_runs, run
 from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
 from examples.shared import minilm
 from examples.shared.json_lines import append_line
-from examples.shared.minilm import Queries
-
-
-class PaddingTokenizer:
-    """Of a tokenizer, what makes batches: all samples here have one length."""
-
-    @staticmethod
-    def pad(samples: list[dict], return_tensors: str) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def tiny_task(monkeypatch: pytest.MonkeyPatch, *_: object) -> minilm.Task:
-    def samples(count: int) -> list[dict]:
-        draw = random.Random(count)
-        rows = [[draw.randrange(20) for _ in range(4)] for _ in range(count)]
-        return [{"input_ids": row, "attention_mask": [1] * 4, "labels": row[0] % 2} for row in rows]
-
-    def load_base(*_: object) -> BertForSequenceClassification:
-        shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
-        torch.manual_seed(0)
-        return BertForSequenceClassification(BertConfig(vocab_size=20, **shape)).eval()
-
-    monkeypatch.setattr(minilm, "load_base", load_base)
-    queries = Queries(PaddingTokenizer(), samples(48), samples(32), samples(40))
-    return minilm.minilm_task(queries, Path(), steps=12, batch_size=8, learning_rate=2e-2)
+    monkeypatch.setattr(minilm, "load_base", load_tiny_base)
+    return minilm.minilm_task(tiny_queries(), Path(), steps=12, batch_size=8, learning_rate=2e-2)
 
 
 def test_every_variant_is_tuned_once_with_the_same_set(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import build_model
-from transformers import BertConfig, BertForSequenceClassification
+from tiny_queries import load_tiny_base, tiny_queries
 from transformers.utils import logging
 
 from examples.search_quality import tuned
@@ -25,7 +25,6 @@ from examples.search_quality.runs import KEY, read_runs, read_scores, run, score
 from examples.search_quality.smollm2 import read_text
 from examples.shared import minilm
 from examples.shared.json_lines import read_lines
-from examples.shared.minilm import Queries
 
 COSTS = (2.0, 0.02, 0.5, 0.01, 0.3, 0.04)  # of the log loss, by candidate
 NUM_SEARCH, NUM_HELD_OUT = 6, 2
@@ -247,28 +246,9 @@ def test_a_text_has_each_lecture_once(tmp_path: Path) -> None:
 # --- sets that are tuned -------------------------------------------------------------------------------------------
 
 
-class PaddingTokenizer:
-    """Of a tokenizer, what makes batches: all samples here have one length."""
-
-    @staticmethod
-    def pad(samples: list[dict], return_tensors: str) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
-
-
 def test_searches_and_every_set_are_tuned_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def samples(count: int) -> list[dict]:
-        draw = random.Random(count)
-        rows = [[draw.randrange(20) for _ in range(4)] for _ in range(count)]
-        return [{"input_ids": row, "attention_mask": [1] * 4, "labels": row[0] % 2} for row in rows]
-
-    def load_base(*_: object) -> BertForSequenceClassification:
-        shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
-        torch.manual_seed(0)
-        return BertForSequenceClassification(BertConfig(vocab_size=20, **shape)).eval()
-
-    queries = Queries(PaddingTokenizer(), samples(48), samples(32), samples(40))
-    monkeypatch.setattr(tuned, "load_queries", lambda folder: queries)
-    monkeypatch.setattr(minilm, "load_base", load_base)
+    monkeypatch.setattr(tuned, "load_queries", lambda folder: tiny_queries())
+    monkeypatch.setattr(minilm, "load_base", load_tiny_base)
     monkeypatch.setattr(tuned, "minilm_task", partial(minilm.minilm_task, steps=30, batch_size=4))
     for name, value in {"NUM_SKIP": 1, "SEEDS": (0,)}.items():
         monkeypatch.setattr(tuned, name, value)
