@@ -2,7 +2,8 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,30 @@ def from_all_ranks(values: torch.Tensor) -> torch.Tensor:
         on_ranks = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(on_ranks, values)
     return torch.stack(on_ranks)
+
+
+def call_with(model: nn.Module, batch: Any, caller: str) -> None:
+    """Passes a batch, a dictionary of the model's arguments, through `model`.
+
+    Raises:
+        TypeError: for another batch, given to `caller`.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"{caller} was given a batch of type {type(batch).__name__}. Pass an iterable of batches, each a "
+            "dictionary of the model's arguments."
+        )
+    model(**batch)
+
+
+def check_reached(counts: Mapping[str, int]) -> None:
+    """Raises a ValueError if one of the attentions, by name, has seen no token in all the batches."""
+    unreached = [name for name, count in counts.items() if count == 0]
+    if unreached:
+        raise ValueError(
+            f"{len(unreached)} of {len(counts)} attentions were not called, or with hidden tokens alone, such as "
+            f"{unreached[0]}. Pass at least one batch, with all the inputs that the model attends to."
+        )
 
 
 def mean_over_ranks(losses: torch.Tensor) -> list[float]:

@@ -14,13 +14,7 @@ from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, Norm
 from ..runtime.adapter import RoutedAdapter
 from ..runtime.prompt_hook import PromptHook
 from ..runtime.skipped import slot_of
-from .checks import (
-    check_base,
-    check_other_methods,
-    check_skip_fields,
-    check_state_dict,
-    warn_of_untrained_head,
-)
+from .checks import check_base, check_other_methods, check_skip_fields, check_state_dict, warn_of_untrained_head
 from .targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
 from .trained_tokens import check_trained_tokens, complete_wrappers, copy_tokens
 

@@ -1,1 +1,1 @@
-"""What wins back the accuracy that skipping costs: adapters that begin from a fit, and a teacher."""
+"""What wins back the accuracy that skipping costs: adapters that begin from a fit."""

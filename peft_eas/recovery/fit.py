@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..evaluation import evaluation_mode, from_all_ranks
+from ..evaluation import call_with, check_reached, evaluation_mode, from_all_ranks
 from ..layers import Candidate, EASLayer, FFNLayer, OutputLayer
 from ..model import EASModel
 from ..skippable import eas_of
@@ -33,7 +34,8 @@ def fit_adapters(
     By linear regression in closed form, for each MHA by itself, on what the model computes with nothing skipped: PIA
     learns what the FFN would have read, from what it reads now; the output adapter then learns what the block still
     lacks, from what the FFN's output projection reads. No labels are needed, and nothing is back-propagated. Each
-    group of MHAs takes two passes over the batches. What the adapters were before is overwritten.
+    group of MHAs takes two passes over the batches, without output adapters one. What the adapters were before is
+    overwritten.
 
     The output adapter stays as it begins where a norm or a scale stands between the FFN's output projection and the
     residual stream (Gemma 2, OLMo 2, DINOv2), because what it adds there does not add up with the rest of the block.
@@ -63,14 +65,7 @@ def fit_adapters(
     if not is_int(num_tokens, 1):
         raise ValueError(f"fit_adapters(num_tokens={num_tokens!r}): num_tokens must be an integer of at least 1.")
 
-    def run(batch: Any) -> None:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"fit_adapters was given a batch of type {type(batch).__name__}. Pass an iterable of batches, each a "
-                "dictionary of the model's arguments."
-            )
-        model(**batch)
-
+    run = partial(call_with, model, caller="fit_adapters")
     return fit_by_passes(model, eas, batches, run, num_tokens, progress_bar)
 
 
@@ -97,7 +92,8 @@ def fit_by_passes(
         stack.enter_context(_nothing_skipped(eas))
         stack.enter_context(_begun_anew(fits))
         for group in _groups(fits):
-            for stage in ("pia", "output"):
+            has_outputs = any(fit.output is not None for fit in group)
+            for stage in ("pia", "output") if has_outputs else ("pia",):
                 _gather(eas.model, group, stage, batches, run, progress_bar)
                 for fit in group:
                     fit.solve(stage)
@@ -194,12 +190,7 @@ def _gather(
     finally:
         for recorder in recorders:
             recorder.remove()
-    unreached = [fit.candidate.name for fit in group if fit.count == 0]
-    if unreached:
-        raise ValueError(
-            f"{len(unreached)} of {len(group)} attentions were not called, or with hidden tokens alone, such as "
-            f"{unreached[0]}. Pass at least one batch, with all the inputs that the model attends to."
-        )
+    check_reached({fit.candidate.name: fit.count for fit in group})
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """How much each attention changes what passes it: a choice of what to skip that needs no search."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..architectures import join
-from ..evaluation import evaluation_mode
+from ..evaluation import call_with, check_reached, evaluation_mode
 from ..layers import MHALayer
 from ..layers.candidate import Candidate
 from ..model import EASModel
@@ -58,21 +58,11 @@ def attention_similarities(model: nn.Module, batches: Iterable[dict[str, Any]]) 
     try:
         with evaluation_mode(model):
             for batch in batches:
-                if not isinstance(batch, Mapping):
-                    raise TypeError(
-                        f"attention_similarities was given a batch of type {type(batch).__name__}. Pass an iterable "
-                        "of batches, each a dictionary of the model's arguments."
-                    )
-                model(**batch)
+                call_with(model, batch, "attention_similarities")
     finally:
         for meter in meters.values():
             meter.remove()
-    unreached = [name for name, meter in meters.items() if meter.count == 0]
-    if unreached:
-        raise ValueError(
-            f"{len(unreached)} of {len(meters)} attentions were not called, or with hidden tokens alone, such as "
-            f"{unreached[0]}. Pass at least one batch, with all the inputs that the model attends to."
-        )
+    check_reached({name: meter.count for name, meter in meters.items()})
     return {name: float(meter.total / meter.count) for name, meter in meters.items()}
 
 
