@@ -21,7 +21,6 @@ from peft_eas.evaluation import evaluation_mode
 NUM_TRAIN = 5000
 BATCH = 16  # queries
 NUM_SEARCH = 48  # batches to search on
-NUM_SCORED = 1024  # queries that a tuned model is scored on
 MAX_TOKENS = 32
 HEAD_STEPS, HEAD_BATCH, HEAD_LEARNING_RATE = 800, 128, 2e-3
 
@@ -99,7 +98,7 @@ def minilm_task(queries: Queries, base: Path, **settings: int | float) -> Task:
 
     `settings` take the place of `steps`, `batch_size` and `learning_rate`.
     """
-    test = queries.held_out[:NUM_SCORED]
+    test = queries.held_out
 
     @torch.no_grad()
     def score(model: nn.Module) -> dict[str, float]:
