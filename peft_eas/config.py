@@ -123,12 +123,12 @@ class EASConfig(PeftConfig):
     attention_r: int = field(
         default=8, metadata={"help": "Rank of the adapter at the input of a kept MHA; 0 for no such adapter."}
     )
-    output_r: int = field(
-        default=0,
+    output_r: int | None = field(
+        default=None,
         metadata={
             "help": "Rank of the output adapter, beside the output projection of a skipped MHA's FFN, which can write "
-            "what the MHA wrote, such as 32; 0 for no such adapter. A mixture of experts, which has no such "
-            "projection, gets none."
+            "what the MHA wrote; 0 for no such adapter, as in the paper. Default: `r`. A mixture of experts, which "
+            "has no such projection, gets none."
         },
     )
     groups: int = field(
@@ -263,11 +263,13 @@ class EASConfig(PeftConfig):
             *BUDGETS,
         ):
             setattr(self, name, python_number(getattr(self, name)))
-        for name, least in (("r", 1), ("attention_r", 0), ("output_r", 0), ("groups", 1), ("paths", 1)):
+        for name, least in (("r", 1), ("attention_r", 0), ("groups", 1), ("paths", 1)):
             require(name, is_int(getattr(self, name), least), f"an integer of at least {least}")
         for name in ("r", "attention_r"):
             rank = getattr(self, name)
             require(name, rank % self.groups == 0, f"a multiple of groups={self.groups}")
+        is_rank = self.output_r is None or is_int(self.output_r, 0)
+        require("output_r", is_rank, "an integer of at least 0, or None")
         if self.kept_modules:
             what = "at least 1 with kept_modules, whose MHAs have no other adapter; else name them in exclude_modules"
             require("attention_r", self.attention_r > 0, what)

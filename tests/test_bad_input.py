@@ -518,7 +518,8 @@ def llama_with(ffn: type[nn.Module], device: str, monkeypatch: pytest.MonkeyPatc
     for block in base.model.layers:
         block.mlp = ffn(block.mlp)
     projections = ("mlp.inner.gate_proj", "mlp.inner.up_proj")
-    row = replace(ARCHITECTURES["LlamaDecoderLayer"], ffn="mlp.inner", ffn_projections=projections, branch=None)
+    paths = {"ffn": "mlp.inner", "ffn_projections": projections, "output_projection": "mlp.inner.down_proj"}
+    row = replace(ARCHITECTURES["LlamaDecoderLayer"], **paths, branch=None)
     monkeypatch.setitem(ARCHITECTURES, "LlamaDecoderLayer", row)
     return base
 

@@ -217,7 +217,7 @@ def test_checkpoints_after_the_search_hold_only_what_is_used(tmp_path):
     during, after = (load_file(tmp_path / f"checkpoint-{step}/adapter_model.safetensors") for step in (10, 20))
     kinds = {name: {key.split(".eas_")[1].split(".")[0] for key in after if name[:-9] in key} for name in NAMES}
     skipped = trainer.model.base_model.skipped_modules
-    assert kinds == {name: {"pia"} if name in skipped else {"input"} for name in NAMES}
+    assert kinds == {name: {"pia", "output"} if name in skipped else {"input"} for name in NAMES}
     assert all({f"{name}.eas_input" in key for key in during} == {True, False} for name in NAMES)
     assert after.keys() < during.keys()
 

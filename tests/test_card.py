@@ -159,7 +159,7 @@ def test_facts_of_the_adapter(saved):
     file = load_file(saved.folder / "adapter" / "adapter_model.safetensors")
     assert facts["Base model"] == "`base`"
     assert facts["Attentions skipped"] == "2 of 4"
-    assert facts["Rank"] == "8 for a skipped attention, 4 for a kept one"
+    assert facts["Rank"] == "8 for a skipped attention and 8 beside its FFN's output, 4 for a kept one"
     assert facts["Up-projections"] == "2, mixed by a router"
     share = 100 * saved.trainable / saved.all_parameters
     assert facts["Trainable parameters"] == f"{saved.trainable:,} ({share:.2f} % of all)"

@@ -356,7 +356,7 @@ def test_safe_merge_finds_a_nan_before_anything_changes(family, value, where, me
     model = make_eas(family, device, [0, 2], "running")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = [name for name in tensors if name.endswith(where)]
-    tensors[names[-1]].data.view(-1)[0] = value
+    tensors[names[-1]].data.fill_(value)  # a single infinity may be a router's, all on one path
     before, modules = snapshot(model), [name for name, _ in model.named_modules()]
     block = names[-1].split("base_model.model.")[1].split(".eas_")[0].rpartition(".")[0]
     with pytest.raises(ValueError, match=rf"NaN or infinity into {block}.*Nothing was changed"):

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from transformers.models.gemma2 import modeling_gemma2
 
 from peft_eas import EASConfig, Skippable
+from peft_eas.layers import OutputLayer
 from peft_eas.runtime.adapter import RoutedAdapter
 
 # Per family and layer: the norm that only feeds the MHA, the projections of the MHA, and the FFN.
@@ -106,7 +107,7 @@ def test_without_init_weights_every_adapter_matters(family, skip, device):
     model = make_eas(family, device, SKIPS[skip])
     expected = logits(model, inputs)
     ups = [name for name, _ in model.named_modules() if name.endswith(".up")]
-    assert len(ups) == LAYERS
+    assert len(ups) == LAYERS + len(SKIPS[skip])
     for name in ups:
         up = model.get_submodule(name)
         kept = copy.deepcopy(up.state_dict())
@@ -949,7 +950,7 @@ def test_fix_skipped_modules_writes_the_config_and_drops_the_rest(device):
     assert sum(parameter.numel() for name, parameter in model.named_parameters() if "eas_" in name) < 0.7 * count
     for layer in range(LAYERS):
         kinds = {name.split("eas_")[1].split(".")[0] for name in names if f"layers.{layer}." in name}
-        assert kinds == ({"pia"} if layer in (1, 3) else {"input"})
+        assert kinds == ({"pia", "output"} if layer in (1, 3) else {"input"})
 
 
 def test_after_fix_only_that_set_can_be_used(device):
@@ -1083,22 +1084,26 @@ def test_a_file_holds_only_what_is_used(family, skip, device, tmp_path):
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     ffn = PARTS.get(family, _LLAMA_PARTS)[2]
+    outputs = {layer.candidate.name: name for name, layer in model.named_modules() if isinstance(layer, OutputLayer)}
     d, r, a = 32, 8, 4
     pia = {"context_down": r * d + r, "token_down": r * d + r, "up": 2 * (d * r // 2 + d), "router": 2 * d + 2}
     kept = {"token_down": a * d + a, "up": 2 * (d * a // 2 + d), "router": 2 * d + 2}
     statistics = {"running_context": d, "num_contexts": 1}
     for layer, mha in enumerate(mha_names(family)):
-        skipped = layer in SKIPS[skip]
-        here = {key: value for key, value in weights.items() if f"{mha}." in key or f"{ffn.format(layer)}." in key}
-        prefix = f"base_model.model.{ffn.format(layer)}.eas_pia." if skipped else f"base_model.model.{mha}.eas_input."
-        sizes: dict[str, int] = {}
-        for key, value in here.items():
-            assert key.startswith(prefix)
-            part = key.removeprefix(prefix).split(".")[0]
-            sizes[part] = sizes.get(part, 0) + value.numel()
-        assert sizes == {**(pia if skipped else kept), **statistics}
-    others = [key for key in weights if ".eas_" not in key]
-    assert all("classifier" in key for key in others)
+        places = {f"base_model.model.{mha}.eas_input.": {**kept, **statistics}}
+        if layer in SKIPS[skip]:
+            projection = model.get_submodule(outputs[mha])
+            d_ffn = max(projection.base_layer.weight.shape)
+            output = {"down": r * d_ffn, "up": d * r + d}
+            places = {f"base_model.model.{ffn.format(layer)}.eas_pia.": {**pia, **statistics}}
+            places |= {f"{outputs[mha]}.eas_output.": output}
+        for prefix, expected in places.items():
+            sizes: dict[str, int] = {}
+            for key in [key for key in weights if key.startswith(prefix)]:
+                part = key.removeprefix(prefix).split(".")[0]
+                sizes[part] = sizes.get(part, 0) + weights.pop(key).numel()
+            assert sizes == expected
+    assert all("classifier" in key for key in weights)
     loaded = PeftModel.from_pretrained(build_model(family, device), tmp_path).eval()
     inputs = make_inputs(family, device)
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))

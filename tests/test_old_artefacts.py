@@ -15,7 +15,7 @@ from conftest import FAMILIES, build_model, difference, logits, make_inputs
 from peft import PeftModel
 from processes import run_alone
 from safetensors.torch import load_file, save_file
-from training import SCHEDULE, make_trainer
+from training import SCHEDULE, make_model, make_trainer
 
 from peft_eas import EASCallback
 from peft_eas.reporting.plots import plot_search_curve
@@ -56,7 +56,11 @@ def test_a_merged_model_by_the_code_that_lies_beside_it(tmp_path):
 
 def test_a_run_goes_on_from_the_middle_of_its_search(tmp_path):
     shutil.copytree(FOLDER / "checkpoint-8", tmp_path / "checkpoint-8")
-    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE))
+    with pytest.raises(
+        ValueError, match=r"eas_output\.default\.\w+ is missing .* goes on with EASConfig\(output_r=0\)"
+    ):
+        make_trainer(tmp_path, EASCallback(**SCHEDULE)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), make_model(output_r=0))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     record = json.loads((FOLDER / "eas_search.json").read_text())
     assert trainer.model.base_model.skipped_modules == record["skipped_modules"]

@@ -156,12 +156,24 @@ def test_a_mixture_of_experts_takes_none():
     with pytest.raises(ValueError, match=r"output_r=4 asks for adapters .* names none in this model; a mixture of"):
         get_peft_model(base, EASConfig(num_skip=1, output_r=4))
     assert [module for module, _ in base.named_modules()] == names
+    model = get_peft_model(base, EASConfig(num_skip=1))
+    assert model.peft_config["default"].output_r == 0
+    assert not any(isinstance(module, OutputLayer) for module in model.modules())
 
 
 def test_where_some_blocks_are_mixtures_the_others_get_one():
     model = get_peft_model(ARCHITECTURES["deepseek_v3"].build(), EASConfig(num_skip=1, output_r=4))
     layers = [module for module in model.modules() if isinstance(module, OutputLayer)]
     assert [layer.candidate.name for layer in layers] == ["model.layers.0.self_attn"]
+
+
+def test_the_rank_is_that_of_pia_by_default(tmp_path):
+    model = llama(output_r=None)
+    assert model.peft_config["default"].output_r == 8
+    ranks = [len(p) for name, p in model.named_parameters() if name.endswith("eas_output.default.down")]
+    assert ranks == [8, 8]
+    model.save_pretrained(tmp_path)
+    assert EASConfig.from_pretrained(tmp_path).output_r == 8
 
 
 def test_an_adapter_of_an_earlier_version_has_none(tmp_path):
@@ -185,6 +197,7 @@ def test_a_row_without_its_place_takes_none(monkeypatch):
     monkeypatch.setitem(TABLE, "LlamaDecoderLayer", replace(TABLE["LlamaDecoderLayer"], output_projection=None))
     with pytest.raises(ValueError, match="name output_projection in the row"):
         llama()
+    assert not any(isinstance(module, OutputLayer) for module in llama(output_r=None).modules())
     monkeypatch.setitem(TABLE, "LlamaDecoderLayer", replace(TABLE["LlamaDecoderLayer"], output_projection="mlp.down"))
     with pytest.raises(ValueError, match=r"names 'mlp\.down' as the projection .* no such module\. Set output_proj"):
         llama()

@@ -20,16 +20,16 @@ def tiny_task(monkeypatch: pytest.MonkeyPatch, *_: object) -> minilm.Task:
     return minilm.minilm_task(tiny_queries(), Path(), steps=12, batch_size=8, learning_rate=2e-2)
 
 
-def test_every_variant_is_tuned_once_with_the_same_set(monkeypatch, tmp_path):
+def test_every_variant_is_tuned_once_and_with_the_same_set_unless_it_searches(monkeypatch, tmp_path):
     task = tiny_task(monkeypatch)
     run(task, [1, 2], list(VARIANTS), [0], tmp_path)
     records = read_runs(tmp_path)
     points = [(task.name, k, name, 0) for k in (1, 2) for name in VARIANTS] + [(task.name, 0, NOTHING_SKIPPED, 0)]
     assert [tuple(record[key] for key in KEY) for record in records] == points
     for k in (1, 2):
-        sets = [record["skipped"] for record in records if record["num_skip"] == k]
-        assert len(sets[0]) == k
-        assert all(one == sets[0] for one in sets)
+        sets = {record["variant"]: record["skipped"] for record in records if record["num_skip"] == k}
+        assert all(len(one) == k for one in sets.values())
+        assert all(sets[name] == sets["fit"] for name, variant in VARIANTS.items() if not variant.is_searched)
     by_name = {record["variant"]: record for record in records if record["num_skip"] == 1}
     assert by_name["output adapter"]["trainable"] == by_name["fit, output adapter"]["trainable"]
     assert by_name["output adapter"]["trainable"] > by_name["identity"]["trainable"] == by_name["fit"]["trainable"]

@@ -372,7 +372,7 @@ def test_the_adapter_is_saved_as_after_trainer(tmp_path) -> None:
     run.model.save_pretrained(tmp_path)
     skipped = run.model.base_model.skipped_modules
     kinds = {key.split(".eas_")[1].split(".")[0] for key in load_file(tmp_path / "adapter_model.safetensors")}
-    assert kinds == {"pia", "input"}
+    assert kinds == {"pia", "output", "input"}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["skipped_modules"] == skipped
 
 

@@ -33,6 +33,7 @@ NOTE = (
     'exclude_modules=["layers.0.self_attn"].'
 )
 FFN = 48
+BIASES = 2 * FFN + WIDTH
 TOKENS = 64
 # With 4 heads of width 8, two of them for keys and values: queries and output, keys and values.
 GROUPED = 2 * WIDTH * WIDTH + 2 * WIDTH * 16
@@ -40,26 +41,28 @@ FULL = 4 * WIDTH * WIDTH
 LONG, SHORT = 4 * 32 * TOKENS, 4 * 32 * WINDOW
 # By family: an MHA's parameters, those saved with it, and the FLOPs of the first and of the second MHA.
 BY_HAND = {
-    # A norm goes, and the two projections of the FFN that read PIA get biases.
-    "llama": (GROUPED, GROUPED + 32 - 2 * FFN, 2 * GROUPED + LONG, 2 * GROUPED + LONG),
-    "mistral": (GROUPED, GROUPED + 32 - 2 * FFN, 2 * GROUPED + SHORT, 2 * GROUPED + SHORT),
+    # A norm goes, and the FFN's projections get biases: the two that read PIA, and the one with an output adapter.
+    "llama": (GROUPED, GROUPED + 32 - BIASES, 2 * GROUPED + LONG, 2 * GROUPED + LONG),
+    "mistral": (GROUPED, GROUPED + 32 - BIASES, 2 * GROUPED + SHORT, 2 * GROUPED + SHORT),
     # Biases of queries, keys and values.
-    "qwen2": (GROUPED + 64, GROUPED + 64 + 32 - 2 * FFN, 2 * GROUPED + SHORT, 2 * GROUPED + LONG),
+    "qwen2": (GROUPED + 64, GROUPED + 64 + 32 - BIASES, 2 * GROUPED + SHORT, 2 * GROUPED + LONG),
     # Norms of queries and keys.
-    "qwen3": (GROUPED + 16, GROUPED + 16 + 32 - 2 * FFN, 2 * GROUPED + LONG, 2 * GROUPED + LONG),
+    "qwen3": (GROUPED + 16, GROUPED + 16 + 32 - BIASES, 2 * GROUPED + LONG, 2 * GROUPED + LONG),
     # A second norm goes.
-    "gemma2": (GROUPED, GROUPED + 64 - 2 * FFN, 2 * GROUPED + SHORT, 2 * GROUPED + LONG),
-    "gemma3": (GROUPED + 16, GROUPED + 16 + 64 - 2 * FFN, 2 * GROUPED + SHORT, 2 * GROUPED + LONG),
+    "gemma2": (GROUPED, GROUPED + 64 - BIASES, 2 * GROUPED + SHORT, 2 * GROUPED + LONG),
+    "gemma3": (GROUPED + 16, GROUPED + 16 + 64 - BIASES, 2 * GROUPED + SHORT, 2 * GROUPED + LONG),
     # Conv1D, queries with keys and values in one; it all has biases.
     "gpt2": (FULL + 4 * 32, FULL + 4 * 32 + 64, 2 * FULL + LONG, 2 * FULL + LONG),
     # The norm inside the MHA stays.
     "bert": (FULL + 4 * 32, FULL + 4 * 32, 2 * FULL + LONG, 2 * FULL + LONG),
     "vit": (FULL + 4 * 32, FULL + 4 * 32 + 64, 2 * FULL + LONG, 2 * FULL + LONG),
-    "llava": (GROUPED, GROUPED + 32 - 2 * FFN, 2 * GROUPED + LONG, 2 * GROUPED + LONG),
+    "llava": (GROUPED, GROUPED + 32 - BIASES, 2 * GROUPED + LONG, 2 * GROUPED + LONG),
 }
 # Of rank 8 and 4, with 2 groups, 2 paths and 2 outputs of the router.
 PIA = 2 * (32 * 8 + 8) + 2 * (32 * 4 + 32) + (32 * 2 + 2)
 INPUT = (32 * 4 + 4) + 2 * (32 * 2 + 32) + (32 * 2 + 2)
+OUTPUT = FFN * 8 + (8 * 32 + 32)
+STANDS_IN = PIA + OUTPUT  # for a skipped MHA
 
 
 def rows_by_name(summary):
@@ -79,7 +82,7 @@ def test_numbers_of_each_mha(family):
     rows = [rows_by_name(summary)[name] for name in mha_names(family)]
     parameters, saved, first_flops, second_flops = BY_HAND[family]
     assert [row.state for row in rows] == ["skipped", "kept", "kept", "kept"]
-    assert [row.adapter_parameters for row in rows] == [PIA, INPUT, INPUT, INPUT]
+    assert [row.adapter_parameters for row in rows] == [STANDS_IN, INPUT, INPUT, INPUT]
     assert sizes(rows[0]) == (parameters, saved, first_flops)
     assert sizes(rows[1]) == (parameters, saved, second_flops)
     assert all(row.score is None for row in rows)
@@ -88,7 +91,7 @@ def test_numbers_of_each_mha(family):
 def test_adapters_with_one_path():
     rows = eas_summary(make_eas("llama", "cpu", [0], warm=False, paths=1)).rows
     pia, kept = 2 * (32 * 8 + 8) + (32 * 4 + 32), (32 * 4 + 4) + (32 * 2 + 32)
-    assert [row.adapter_parameters for row in rows] == [pia, kept, kept, kept]
+    assert [row.adapter_parameters for row in rows] == [pia + OUTPUT, kept, kept, kept]
 
 
 @pytest.mark.parametrize("skip", SKIPS)
@@ -132,21 +135,21 @@ def test_the_whole_model_and_its_table():
     linear = LAYERS * (GROUPED + 3 * WIDTH * FFN) + WIDTH * VOCAB
     assert summary.base_flops == 2 * linear + LAYERS * LONG
     assert summary.base_parameters == linear + VOCAB * WIDTH + (2 * LAYERS + 1) * WIDTH
-    assert summary.saved_parameters == 2 * (GROUPED + 32 - 2 * FFN) - 2 * (32 + 16 + 16)
+    assert summary.saved_parameters == 2 * (GROUPED + 32 - BIASES) - 2 * (32 + 16 + 16)
     assert str(summary) == "\n".join(
         [
             "MHA                       state      score  parameters  adapter  saved parameters  saved FLOPs/token",
             "----------------------------------------------------------------------------------------------------",
-            "model.layers.0.self_attn  skipped  +0.0000       3,072      914             3,008             14,336",
-            "model.layers.1.self_attn  kept     +0.2500       3,072      390           (3,008)           (14,336)",
-            "model.layers.2.self_attn  skipped  +0.5000       3,072      914             3,008             14,336",
-            "model.layers.3.self_attn  kept     +0.7500       3,072      390           (3,008)           (14,336)",
+            "model.layers.0.self_attn  skipped  +0.0000       3,072    1,586             2,976             14,336",
+            "model.layers.1.self_attn  kept     +0.2500       3,072      390           (2,976)           (14,336)",
+            "model.layers.2.self_attn  skipped  +0.5000       3,072    1,586             2,976             14,336",
+            "model.layers.3.self_attn  kept     +0.7500       3,072      390           (2,976)           (14,336)",
             "----------------------------------------------------------------------------------------------------",
-            "total                     2 of 4                12,288    2,608             5,888             28,672",
-            "of the base model                              35.20 %   7.47 %           16.87 %            29.22 %",
+            "total                     2 of 4                12,288    3,952             5,824             28,672",
+            "of the base model                              35.20 %  11.32 %           16.68 %            29.22 %",
             "",
             "Base model: 34,912 parameters, 98,112 FLOPs/token.",
-            "Merged: 29,024 parameters, 69,440 FLOPs/token.",
+            "Merged: 29,088 parameters, 69,440 FLOPs/token.",
             "FLOPs with 64 tokens to attend to. In parentheses: what skipping one more saves.",
             NOTE,
         ]
@@ -328,7 +331,7 @@ def test_what_is_no_target():
     model = add_eas(build_model("llava"), "llava", [0], exclude_modules=[names[3]], warm=False)
     summary = eas_summary(model, TOKENS)
     assert [row.state for row in summary.rows] == ["no target"] * 4 + ["skipped", "kept", "kept", "excluded"]
-    assert [row.adapter_parameters for row in summary.rows] == [0] * 4 + [PIA, INPUT, INPUT, 0]
+    assert [row.adapter_parameters for row in summary.rows] == [0] * 4 + [STANDS_IN, INPUT, INPUT, 0]
     # The tokens of the vision tower are others than those of the text model.
     linear = LAYERS * (GROUPED + 3 * WIDTH * FFN) + WIDTH * VOCAB + 2 * WIDTH * WIDTH
     assert summary.base_flops == 2 * linear + LAYERS * LONG
@@ -342,7 +345,7 @@ def test_what_is_never_skipped_is_kept():
     model = add_eas(build_model("llava"), "llava", [0], "running", **options)
     summary = eas_summary(model, TOKENS)
     assert [row.state for row in summary.rows] == ["never skipped"] * 4 + ["skipped", "kept", "kept", "kept"]
-    assert [row.adapter_parameters for row in summary.rows] == [INPUT] * 4 + [PIA, INPUT, INPUT, INPUT]
+    assert [row.adapter_parameters for row in summary.rows] == [INPUT] * 4 + [STANDS_IN, INPUT, INPUT, INPUT]
     # It is no candidate, and its tokens are others than those of the text model.
     assert summary.base_flops == eas_summary(make_eas("llava", "cpu", [0], warm=False), TOKENS).base_flops
     size, merged = summary.base_parameters, model.merge_and_unload()
@@ -479,16 +482,16 @@ SIZE = 34_912  # of the tiny llama
 
 def test_trainable_parameters_before_and_after_the_skip_set_is_fixed(capsys):
     model = add_eas(build_model("llama"), "llama", [], num_skip=2, skipped_modules=None, warm=False)
-    check_printed(model, capsys, LAYERS * (PIA + INPUT), SIZE + LAYERS * (PIA + INPUT))
+    check_printed(model, capsys, LAYERS * (STANDS_IN + INPUT), SIZE + LAYERS * (STANDS_IN + INPUT))
     model.set_skipped_modules(mha_names("llama", [1]))  # moves no weights
-    check_printed(model, capsys, LAYERS * (PIA + INPUT), SIZE + LAYERS * (PIA + INPUT))
+    check_printed(model, capsys, LAYERS * (STANDS_IN + INPUT), SIZE + LAYERS * (STANDS_IN + INPUT))
     model.fix_skipped_modules(mha_names("llama", [0, 2]))
-    check_printed(model, capsys, 2 * (PIA + INPUT), SIZE + 2 * (PIA + INPUT))
+    check_printed(model, capsys, 2 * (STANDS_IN + INPUT), SIZE + 2 * (STANDS_IN + INPUT))
 
 
 def test_trainable_parameters_with_modules_to_save(capsys):
     model = add_eas(build_model("llama"), "llama", [0], modules_to_save=["lm_head"], warm=False)
-    trained = PIA + 3 * INPUT + VOCAB * WIDTH
+    trained = STANDS_IN + 3 * INPUT + VOCAB * WIDTH
     check_printed(model, capsys, trained, SIZE + trained)
 
 
@@ -496,12 +499,12 @@ def test_trainable_parameters_of_several_adapters(capsys):
     model = make_eas("llama", "cpu", [0], warm=False)
     second = {"r": 8, "attention_r": 0, "skipped_modules": mha_names("llama", [1, 2])}
     model.add_adapter("second", EASConfig(task_type="CAUSAL_LM", **second))
-    first, everything = PIA + 3 * INPUT, SIZE + PIA + 3 * INPUT + 2 * PIA
+    first, everything = STANDS_IN + 3 * INPUT, SIZE + STANDS_IN + 3 * INPUT + 2 * STANDS_IN
     check_printed(model, capsys, first, everything)
     model.set_adapter("second")
-    check_printed(model, capsys, 2 * PIA, everything)
+    check_printed(model, capsys, 2 * STANDS_IN, everything)
     model.delete_adapter("default")
-    check_printed(model, capsys, 2 * PIA, SIZE + 2 * PIA)
+    check_printed(model, capsys, 2 * STANDS_IN, SIZE + 2 * STANDS_IN)
 
 
 class Params4bit(nn.Parameter):
@@ -515,6 +518,6 @@ def test_trainable_parameters_over_a_base_in_four_bits(capsys):
             packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
             linear.weight = Params4bit(packed, requires_grad=False)
     model = add_eas(base, "llama", [0], warm=False)
-    check_printed(model, capsys, PIA + 3 * INPUT, SIZE + PIA + 3 * INPUT)
+    check_printed(model, capsys, STANDS_IN + 3 * INPUT, SIZE + STANDS_IN + 3 * INPUT)
     assert sizes(eas_summary(model, TOKENS).rows[0]) == BY_HAND["llama"][:3]
     assert eas_summary(model).base_parameters == origin(model.base_model, "default")["base_parameters"] == SIZE

@@ -95,16 +95,6 @@ def own(model: PreTrainedModel, names: Iterable[str]) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _projections(base: PreTrainedModel, skipped: list[str], attention_r: int) -> list[str]:
-    """Full names of the projections into which EAS with the MHAs `skipped` folds its adapters."""
-    names = []
-    for mha, block, row in find_mhas(base):
-        if mha in default_targets(base) and (mha in skipped or attention_r):
-            paths = row.ffn_projections if mha in skipped else row.mha_projections
-            names += [f"{block}.{path}" for path in paths]
-    return names
-
-
 # --- the variants ----------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +114,18 @@ class Recipe:
     seed: int = 0
 
 
+def _projections(recipe: Recipe, context: str = "running") -> list[str]:
+    """Full names of the projections into which EAS, merged with a context, folds its adapters."""
+    names = []
+    for mha, block, row in find_mhas(recipe.base):
+        is_skipped = mha in recipe.skipped
+        paths = [row.output_projection] if is_skipped and row.output_projection else []
+        if context == "running" and mha in default_targets(recipe.base) and (is_skipped or recipe.attention_r):
+            paths += row.ffn_projections if is_skipped else row.mha_projections
+        names += [f"{block}.{path}" for path in paths]
+    return names
+
+
 def adapted(
     recipe: Recipe, skipped: list[str], context: str = "running", identity: bool = False, own_targets: bool = False
 ) -> PeftModel:
@@ -138,7 +140,7 @@ def adapted(
     )
     model = share(recipe.base)
     if own_targets:
-        own(model, _projections(recipe.base, skipped, recipe.attention_r))
+        own(model, _projections(recipe, context))
     torch.manual_seed(recipe.seed)
     model = get_peft_model(model, config).eval().requires_grad_(False)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -151,7 +153,7 @@ def adapted(
 
 def merged(recipe: Recipe, context: str | None = None, identity: bool = False) -> PreTrainedModel:
     """EAS merged: with `context="prompt"` its adapters go on reading each prompt, else everything is folded."""
-    model = adapted(recipe, recipe.skipped, context or "running", identity, own_targets=context is None)
+    model = adapted(recipe, recipe.skipped, context or "running", identity, own_targets=True)
     return model.merge_and_unload() if context is None else model.merge_and_unload(context=context)
 
 
@@ -214,7 +216,7 @@ def limit(recipe: Recipe) -> PreTrainedModel:
     It owns what a merged model owns, so that neither finds more weights in the processor's cache than the other.
     """
     model = share(recipe.base)
-    own(model, _projections(recipe.base, recipe.skipped, recipe.attention_r))
+    own(model, _projections(recipe))
     model.config.attention_free = recipe.skipped
     take_attention_out(model, recipe.skipped)
     model.__class__ = _limit_class(type(model))

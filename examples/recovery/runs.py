@@ -38,8 +38,8 @@ def run(task: Task, sizes: Sequence[int], names: Sequence[str], seeds: Sequence[
         for point in bar:
             _, k, name, seed = point
             bar.set_postfix_str(f"{k} skipped, {name}, seed {seed}")
-            record = dict(zip(KEY, point)) | {"skipped": order[:k]}
-            append_line(folder / "runs.jsonl", record | _tuned(task, order[:k], VARIANTS.get(name), seed))
+            record = _tuned(task, order[:k], VARIANTS.get(name, Variant()), seed)
+            append_line(folder / "runs.jsonl", dict(zip(KEY, point)) | record)
 
 
 def _most_similar(task: Task) -> list[str]:
@@ -51,16 +51,17 @@ def _most_similar(task: Task) -> list[str]:
     return sorted(similarities, key=similarities.get, reverse=True)
 
 
-def _tuned(task: Task, skipped: list[str], variant: Variant | None, seed: int) -> Record:
-    variant = variant or Variant()
+def _tuned(task: Task, given: list[str], variant: Variant, seed: int) -> Record:
+    """Skips the attentions `given`, or, with a search, as many."""
     set_seed(seed)  # of the adapters' first weights
-    model: PeftModel = get_peft_model(
-        task.load_base(), EASConfig(skipped_modules=skipped, **{**task.eas, **variant.options()})
-    )
+    skips = {"num_skip": len(given)} if variant.is_searched else {"skipped_modules": given}
+    model: PeftModel = get_peft_model(task.load_base(), EASConfig(**skips, **{**task.eas, **variant.options()}))
     figures = {"trainable": num_parameters(model, trainable=True), "steps": task.steps}
-    callback = EASCallback(fit_tokens=FIT_TOKENS if variant.fit else 0)
+    reward = {"reward_dataset": task.reward} if variant.is_searched else {}
+    callback = EASCallback(fit_tokens=FIT_TOKENS if variant.fit else 0, **reward)
     started = time.process_time()
     with tempfile.TemporaryDirectory() as outputs:
         tune(model, task, Path(outputs), seed, [callback], progress=False)
+    figures["skipped"] = model.base_model.skipped_modules
     figures["cpu_seconds"] = round(time.process_time() - started, 1)
     return figures | {name: round(value, 5) for name, value in task.score(model).items()}

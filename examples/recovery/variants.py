@@ -10,10 +10,12 @@ class Variant:
 
     Attributes:
         output_r: rank of the output adapters. fit: whether they begin from a fit, else as the identity.
+        is_searched: whether the run's own search finds what is skipped, else it is given.
     """
 
     output_r: int = 0
     fit: bool = False
+    is_searched: bool = False
 
     def options(self) -> dict[str, Any]:
         """Arguments of `EASConfig`."""
@@ -26,5 +28,8 @@ VARIANTS = {
     "output adapter": replace(PAPER, output_r=32),
     "fit": replace(PAPER, fit=True),
     "fit, output adapter": replace(PAPER, output_r=32, fit=True),
+    "searched: identity": replace(PAPER, is_searched=True),
+    "searched: output adapter": replace(PAPER, output_r=32, is_searched=True),
+    "searched: fit, output adapter": replace(PAPER, output_r=32, fit=True, is_searched=True),
 }
 NOTHING_SKIPPED = "nothing skipped"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..architectures import EXPORTABLE, has_path
 from ..config import EASConfig
 from ..folding.offloaded import execution_device
-from ..layers import AdaptedLayer, EASLayer
+from ..layers import AdaptedLayer, EASLayer, MHALayer
 from ..runtime.forward import ADAPTER_NAME
 from .targets import HEADS_OF_TASKS, Targets, block_width, is_merged, matches, shorten, skippable_mhas
 
@@ -145,21 +145,22 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
                 f"does not, and its MHAs are of the kind {', '.join(sorted(kinds))}. Choose another task_type, such "
                 "as 'SEQ_CLS' or 'FEATURE_EXTRACTION', or leave it out."
             )
-    if config.output_r and not any(row.output_projection is not None for _, row in targets.values()):
+    places = _output_projections(model, targets)
+    if config.output_r and not places:
         raise ValueError(
             f"output_r={config.output_r} asks for adapters beside the projections that write the FFNs' outputs, but "
             "the table of architectures names none in this model; a mixture of experts has several. Leave output_r "
             "out, or name output_projection in the row of a model of your own."
         )
-    for block_name, row in targets.values() if config.output_r else ():
-        block = model.get_submodule(block_name)
-        if row.output_projection is not None and not has_path(block, row.output_projection):
-            name = type(block).__name__
-            raise ValueError(
-                f"output_r={config.output_r}: the row of {name} in the table of architectures names "
-                f"{row.output_projection!r} as the projection that writes the FFN's output, but {block_name or name} "
-                f"has no such module. Set output_projection in ARCHITECTURES[{name!r}], or leave output_r out."
-            )
+    missing = next((place for place, is_there in places.items() if not is_there), None)
+    if config.output_r and missing is not None:
+        block_name, path = missing
+        name = type(model.get_submodule(block_name)).__name__
+        raise ValueError(
+            f"output_r={config.output_r}: the row of {name} in the table of architectures names {path!r} as the "
+            f"projection that writes the FFN's output, but {block_name or name} has no such module. Set "
+            f"output_projection in ARCHITECTURES[{name!r}], or leave output_r out."
+        )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
     if chunk_size:
         raise ValueError(
@@ -168,6 +169,21 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             "folded model takes any."
         )
     return shape
+
+
+def output_rank(config: EASConfig, model: nn.Module, targets: Targets) -> int:
+    """The rank of the output adapters: that of PIA by default, where they have their places."""
+    if config.output_r is not None:
+        return config.output_r
+    places = _output_projections(model, targets).values()
+    # An adapter that was saved by an earlier version knows its base's shape, and no such rank.
+    return config.r if config.base_shape is None and places and all(places) else 0
+
+
+def _output_projections(model: nn.Module, targets: Targets) -> dict[tuple[str, str], bool]:
+    """Whether the projections that rows name are there, by their block's name and their path within."""
+    places = {(block, row.output_projection) for block, row in targets.values() if row.output_projection is not None}
+    return {(block, path): has_path(model.get_submodule(block), path) for block, path in sorted(places)}
 
 
 def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
@@ -192,6 +208,12 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
         for name in layer.adapters
     }
     loaded = {name for (_, name), tensors in weights.items() if tensors}
+    # A file has all that stands for an MHA, or nothing of it: not PIA without an output adapter that there is.
+    stood_for = {
+        (layers[path].candidate, name)
+        for (path, name), tensors in weights.items()
+        if tensors and not isinstance(layers[path], MHALayer)
+    }
     placed = {f"{path}{name}.{key}" for (path, name), tensors in weights.items() for key in tensors}
     problems = [
         f"it has {key}, for which there is no place in the model"
@@ -199,13 +221,16 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
         if key not in placed and not any(_is_of_another_set(key, layers, name) for name in loaded)
     ]
     for (path, name), tensors in weights.items():
-        is_fixed = layers[path].candidate.configs[name].skipped_modules is not None
-        if tensors or (is_fixed and name in loaded):
-            problems += _misfits(layers[path].adapters[name].state_dict(), tensors, f"{path}{name}.")
+        layer = layers[path]
+        is_fixed = layer.candidate.configs[name].skipped_modules is not None
+        stands_in = (layer.candidate, name) in stood_for and not isinstance(layer, MHALayer)
+        if tensors or stands_in or (is_fixed and name in loaded):
+            problems += _misfits(layer.adapters[name].state_dict(), tensors, f"{path}{name}.")
     if problems:
         raise ValueError(
             f"The file's EAS weights do not fit this model: {problems[0]} (problem 1 of {len(problems)}). Load them "
-            "on the base model, and with the adapter_config.json, that they were saved with."
+            "on the base model, and with the adapter_config.json, that they were saved with. A run that began without "
+            "output adapters goes on with EASConfig(output_r=0)."
         )
 
 

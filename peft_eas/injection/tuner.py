@@ -14,7 +14,14 @@ from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, Norm
 from ..runtime.adapter import RoutedAdapter
 from ..runtime.prompt_hook import PromptHook
 from ..runtime.skipped import slot_of
-from .checks import check_base, check_other_methods, check_skip_fields, check_state_dict, warn_of_untrained_head
+from .checks import (
+    check_base,
+    check_other_methods,
+    check_skip_fields,
+    check_state_dict,
+    output_rank,
+    warn_of_untrained_head,
+)
 from .targets import Targets, block_width, find_targets, matches, prompt_root, skippable_mhas
 from .trained_tokens import check_trained_tokens, complete_wrappers, copy_tokens
 
@@ -95,6 +102,7 @@ class InjectingTuner(BaseTuner):
         self._check_name_is_free(name, peft_config, present)
         check_trained_tokens(peft_config, model)
         warn_of_untrained_head(peft_config, model)
+        peft_config.output_r = output_rank(peft_config, model, targets)
         peft_config.base_shape = shape
         self._targets = set(targets)
         if peft_config.target_modules is None:

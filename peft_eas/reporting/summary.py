@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import Architecture, at_path, find_mhas, has_path, join
+from ..architectures import Architecture, at_path, find_mhas, join
 from ..folding.fold import features
 from ..injection.checks import first_layer_note
 from ..injection.targets import block_width, matches
@@ -82,6 +82,7 @@ class _MHA:
         row: Architecture,
         context_length: int | None,
         added: set[int],
+        has_output_adapters: bool,
     ) -> None:
         block = model.get_submodule(block_name)
         own = image_tokens(model, block_name) if row.kind == "vision" else None
@@ -89,10 +90,12 @@ class _MHA:
         self.context_length = context_length or own or _CONTEXT_LENGTH
         self.name, self.block_name, self.kind = name, block_name, row.kind
         self.ffn_name = join(block_name, row.ffn)
+        has_output = has_output_adapters and row.output_projection is not None
+        self.output_name = join(block_name, row.output_projection) if has_output else None
         # A wrapper lets the attributes of what it wraps shine through.
         self.mha, self.ffn = at_path(block, row.mha), at_path(block, row.ffn)
         self.parameters = self.deleted_parameters = self.product_flops = self.flops = 0
-        self.biases = self.ffn_biases = self.output_biases = 0
+        self.biases = self.ffn_biases = 0
         self.is_deleted = isinstance(getattr(self.mha, "base_layer", self.mha), SkippedMHA)
         if self.is_deleted:
             return
@@ -101,8 +104,8 @@ class _MHA:
         # Experts have no biases; one vector in front of them takes their place.
         ffn_inputs = () if row.experts else (at_path(block, path) for path in row.ffn_projections)
         self.ffn_biases = block_width(model, block_name, row) if row.experts else _missing_biases(ffn_inputs, added)
-        if row.output_projection is not None and has_path(block, row.output_projection):
-            self.output_biases = _missing_biases([at_path(block, row.output_projection)], added)
+        if has_output:
+            self.ffn_biases += _missing_biases([at_path(block, row.output_projection)], added)
         kept = size_of(at_path(block, row.kept_norm), added) if row.kept_norm else 0
         self.parameters = size_of(self.mha, added) - kept
         norms = (at_path(block, path) for path in row.deleted_norms)
@@ -134,7 +137,7 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
     adapter_name = next(iter(layers.values())).active_adapters[0]
     config = next(filter(None, (layer.candidate.configs.get(adapter_name) for layer in layers.values())))
     scores, added = config.current_scores or {}, added_parameters(model)
-    parts = [_MHA(model, *found, context_length, added) for found in find_mhas(model)]
+    parts = [_MHA(model, *found, context_length, added, bool(config.output_r)) for found in find_mhas(model)]
     rows: list[SummaryRow] = []
     ffns_with_biases: set[str] = set()  # one FFN may stand behind several MHAs
     for part in parts:
@@ -154,7 +157,6 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
             biases = part.biases
             if is_skipped:
                 biases = 0 if part.ffn_name in ffns_with_biases else part.ffn_biases
-                biases += part.output_biases if biases and len(adapters) > 1 else 0
                 ffns_with_biases.add(part.ffn_name)
             rows.append(part.summarized(state, score, sum(map(size_of, adapters)), biases if adapters else 0))
     rows = [replace(row, fit_error=(config.fit_errors or {}).get(row.name)) for row in rows]
@@ -167,7 +169,7 @@ def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
     record = model.config.eas
     facts, base = record.get("origin") or {}, _before_merge(model)
     scores = facts.get("scores") or {}
-    parts = [_MHA(base, *found, context_length, set()) for found in find_mhas(base)]
+    parts = [_MHA(base, *found, context_length, set(), bool(facts.get("output_r"))) for found in find_mhas(base)]
     rows: list[SummaryRow] = []
     compared: set[str] = set()
     for part in parts:
@@ -182,17 +184,20 @@ def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
         else:
             state = "never skipped" if is_never_skipped else "no target"
         prefix = part.name.removesuffix(name)
-        path, before = (part.ffn_name, part.ffn) if is_deleted else (part.name, part.mha)
-        left = (0, 0, 0)
+        adapter_size = adapter_flops = 0
         if name in record.get("adapters", {}):
             entry = record["adapters"][name]
             adapter = model.get_submodule(prefix + join(entry["block"], entry["name"]))
             # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
-            left = (size_of(adapter), size_of(adapter), 2 * 2 * adapter.token_down.weight.numel())
-        elif path not in compared:  # one FFN may stand behind several MHAs
-            left = (0, size_of(model.get_submodule(path)) - size_of(before), 0)
-            compared.add(path)
-        row = part.summarized(state, scores.get(candidate), *left)
+            adapter_size, adapter_flops = size_of(adapter), 2 * 2 * adapter.token_down.weight.numel()
+        paths = [part.ffn_name, part.output_name] if is_deleted else [part.name]
+        grown = 0
+        for path in paths:
+            # One FFN may stand behind several MHAs, and have its output projection within.
+            if path is not None and not any(f"{path}.".startswith(f"{one}.") for one in compared):
+                grown += size_of(model.get_submodule(path)) - size_of(base.get_submodule(path))
+                compared.add(path)
+        row = part.summarized(state, scores.get(candidate), adapter_size, adapter_size + grown, adapter_flops)
         rows.append(replace(row, fit_error=(facts.get("fit_errors") or {}).get(candidate)))
     return _summary(base, rows, parts, size_of(base), search=SearchResult.of(facts.get("search")))
 
