@@ -76,8 +76,8 @@ class EASCallback(TrainerCallback, ExportableState):
             "batch_size", "prompt_tokens" and "new_tokens", as of `measure_time`. Default: one forward pass over a
             batch of rewards.
         fit_tokens: how many tokens of training batches the adapters are fitted to before the first step, as by
-            `fit_adapters`, such as 8,192; adapters that are trained already are left as they are. 0: they begin as
-            the identity, as in the paper.
+            `fit_adapters`; adapters that are trained already are left as they are. 0: they begin as the identity, as
+            in the paper.
 
     Raises:
         ValueError: for a setting out of range; at the start of training, for settings that do not fit the run.
@@ -97,7 +97,7 @@ class EASCallback(TrainerCallback, ExportableState):
         seed: int | None = None,
         strategy: StrategyName | type[Strategy] = "thompson",
         workload: dict[str, int] | None = None,
-        fit_tokens: int = 0,
+        fit_tokens: int = 8192,
     ) -> None:
         self.strategy = strategy
         self.reward: Reward = reward

@@ -41,7 +41,7 @@ def test_a_run_samples_then_fixes_then_freezes(tmp_path, strategy, sizes):
 
 def test_rounds_compare_distinct_sets_at_their_steps(tmp_path):
     watcher = Watcher()
-    make_trainer(tmp_path, EASCallback(**SCHEDULE), watcher=watcher).train()
+    make_trainer(tmp_path, EASCallback(**SCHEDULE, fit_tokens=0), watcher=watcher).train()  # its passes would be seen
     record = json.loads((tmp_path / "eas_search.json").read_text())
     assert [entry["step"] for entry in record["strategy"]["rounds"]] == [6, 8, 10, 12]
     assert all(1 < len(set(entry["sets"])) == len(entry["sets"]) for entry in record["strategy"]["rounds"])
@@ -137,7 +137,7 @@ def test_the_adapter_keeps_the_scores(tmp_path):
 def test_given_modules_leave_nothing_to_search(tmp_path):
     model = make_model(num_skip=None, skipped_modules=[NAMES[1]])
     watcher = Watcher()
-    trainer = make_trainer(tmp_path, EASCallback(), model, watcher, eval_dataset=None)
+    trainer = make_trainer(tmp_path, EASCallback(fit_tokens=0), model, watcher, eval_dataset=None)
     trainer.train()
     assert set(watcher.in_steps) == {(NAMES[1],)}
     assert watcher.in_evaluation == []
@@ -149,7 +149,7 @@ def test_given_modules_leave_nothing_to_search(tmp_path):
 def test_nothing_to_choose_needs_no_search(tmp_path, num_skip):
     model = make_model(num_skip=num_skip)
     watcher = Watcher()
-    make_trainer(tmp_path, EASCallback(), model, watcher).train()
+    make_trainer(tmp_path, EASCallback(fit_tokens=0), model, watcher).train()
     assert set(watcher.in_steps) == {tuple(NAMES[:num_skip])}
     assert watcher.in_evaluation == []
 
@@ -199,7 +199,7 @@ def test_a_run_stopped_early_ends_the_search(tmp_path, caplog):
 def test_evaluation_and_checkpoints_see_the_best_set(tmp_path):
     watcher = Watcher()
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 12}
-    callback = EASCallback(**{**SCHEDULE, "freeze_context_at": None})
+    callback = EASCallback(**{**SCHEDULE, "freeze_context_at": None, "fit_tokens": 0})
     make_trainer(tmp_path, callback, watcher=watcher, per_device_eval_batch_size=20, **options).train()
     for step in range(1, 13):
         folder = tmp_path / f"checkpoint-{step}"
@@ -234,9 +234,8 @@ def test_the_best_checkpoint_is_one_of_the_final_model(tmp_path, freeze_at, fina
                         parameter.add_(0.2)
 
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    trainer = make_trainer(
-        tmp_path, EASCallback(**{**SCHEDULE, "freeze_context_at": freeze_at}), load_best_model_at_end=True, **options
-    )
+    callback = EASCallback(**{**SCHEDULE, "freeze_context_at": freeze_at, "fit_tokens": 0})
+    trainer = make_trainer(tmp_path, callback, load_best_model_at_end=True, **options)
     trainer.add_callback(Spoil())
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
