@@ -25,7 +25,10 @@ class BatchingMixin:
         """As the stock class."""
         kept = getattr(self, _MANAGER, None)
         model = model_of_kept_attentions(self) if kept is None else kept.model
-        return super(BatchingMixin, model).init_continuous_batching(*args, **kwargs)
+        manager = super(BatchingMixin, model).init_continuous_batching(*args, **kwargs)
+        if model is not self:  # the manager has chosen another attention in the config that it reads
+            model.base_model.config._attn_implementation = model.config._attn_implementation
+        return manager
 
     @contextmanager
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
