@@ -1,7 +1,5 @@
 """A base that is compiled: in place it is as any other; one that torch.compile has wrapped is refused by name."""
 
-import inspect
-
 import pytest
 import torch
 from conftest import (
@@ -17,8 +15,7 @@ from conftest import (
 )
 from peft import PeftModel
 from torch import nn
-from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -74,28 +71,3 @@ def test_the_remedies(family, where, tmp_path):
     assert difference(logits(merged, inputs), expected) <= 1e-5
     merged.save_pretrained(tmp_path)
     assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), expected) <= 1e-5
-
-
-@pytest.mark.parametrize("skip", ["first", "half", "all"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_decoding_with_a_static_cache_is_one_graph(family, skip):
-    """Without a break, and without another one for the next token."""
-    merged = make_eas(family, "cpu", SKIPS[skip], "running").merge_and_unload().eval()
-    name = "cache" if "cache" in inspect.signature(merged.forward).parameters else "past_key_values"
-    tokens = make_inputs(family, "cpu")["input_ids"]
-    expected, prompt = logits(merged, {"input_ids": tokens}), tokens.shape[1] - 4
-
-    def decode(model, graphs):
-        step = torch.compile(model, backend=graphs, fullgraph=True)
-        options = {name: StaticCache(config=model.config, max_cache_len=16), "use_cache": True}
-        logits(model, {"input_ids": tokens[:, :prompt], **options})
-        positions = torch.arange(tokens.shape[1])[:, None, None].expand(-1, len(tokens), 1)
-        steps = range(prompt, tokens.shape[1])
-        return [logits(step, {"input_ids": tokens[:, [i]], "position_ids": positions[i], **options}) for i in steps]
-
-    skip_unless_stock_can(lambda: decode(build_model(family), CompileCounter()))
-    torch._dynamo.reset()
-    graphs = CompileCounter()
-    actual = torch.cat(decode(merged, graphs), dim=1)
-    assert graphs.frame_count == 1
-    assert difference(actual, expected[:, prompt:]) <= 2e-5
