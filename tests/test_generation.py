@@ -19,6 +19,7 @@ from conftest import (
     make_inputs,
     mha_names,
     needs_sound_caches,
+    skip_unless_stock_can,
 )
 from peft import get_peft_model
 from torch import nn
@@ -491,6 +492,20 @@ def test_the_model_is_its_own_assistant(family, mode, models, device):
     expected = generate(model, inputs, new=12)
     actual = generate(model, inputs, new=12, assistant_model=assistant)
     assert torch.equal(actual.sequences, expected.sequences)
+
+
+@needs_sound_caches
+@pytest.mark.parametrize("skip", SOME_SKIPS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_early_exit(family, skip, models, device):
+    """The first two layers draft for all four; both fill the same cache."""
+    inputs = make_inputs(family, device, batch=1, length=LENGTH)
+    skip_unless_stock_can(lambda: generate(build_model(family, device), inputs, assistant_early_exit=2))
+    model = models(family, skip, "merged running")
+    expected = generate(model, inputs, new=12)
+    actual = generate(model, inputs, new=12, assistant_early_exit=2)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert model.config.get_text_config().num_hidden_layers == LAYERS
 
 
 # --- without PeftModel's own generate --------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ CODE_FILE = "modeling_eas.py"
 # The modules of which that file is made, in the order in which they need each other.
 CODE_PARTS = (
     *("adapter", "prompt", "prompt_hook", "context_cache"),
-    *("skipped", "forward", "checkpoint", "record", "vllm_backend", "merged"),
+    *("skipped", "forward", "checkpoint", "record", "vllm_backend", "batching", "merged"),
 )
 # What else is done to the folder of a saved model; the package writes the model card.
 AFTER_SAVE: list[Callable[[PreTrainedModel, Path], None]] = []

@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .adapter import RoutedAdapter
+from .batching import BatchingMixin
 from .checkpoint import CODE_FILE, INSTALL, CheckpointMixin
 from .record import _no, _yes, apply_record, check_record, checksum, with_earlier_merges  # noqa: F401  (old pickles)
 from .vllm_backend import ATTENDS_BOTH_WAYS, check_pipeline, config_of_all_layers, show_kept_attentions
@@ -72,7 +73,7 @@ def _unlock(config_dict: dict[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in unlocked.items() if (key, v) != ("id2label", None)}
 
 
-class MergedModelMixin(CheckpointMixin):
+class MergedModelMixin(BatchingMixin, CheckpointMixin):
     """What every merged model class adds to the stock class: it is built, and then what its record names changes."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

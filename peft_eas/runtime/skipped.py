@@ -145,7 +145,7 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
 
     Raises:
         ValueError: if the slot holds keys already, from a time when the MHA was not skipped; or a linear attention's
-            state as well.
+            state as well; or if a cache is exported that may hold no such slot.
     """
     if cache is None or layer_idx is None:
         return
@@ -175,12 +175,26 @@ def advance_cache(cache: Cache | None, layer_idx: int | None, hidden_states: tor
                 f"The KV cache's slot of layer {layer_idx}, whose attention is skipped, was made anew from its keys "
                 "and values, and so has lost its length. Copy the cache with copy.deepcopy()."
             )
+        _check_export(cache)
         cache.layers[layer_idx] = EmptyLayer()
     if is_static:
         slot.cumulative_length.add_(num_tokens)  # all that an update would do but for copying nothing
         return
     nothing = hidden_states.new_empty((batch, 0, num_tokens, 0))
     cache.update(nothing, nothing, layer_idx)  # not the slot alone: an offloaded cache then fetches the next one
+
+
+def _check_export(cache: Cache) -> None:
+    """Raises ValueError while a cache is exported in a way that takes no layers but transformers' own."""
+    node = torch.utils._pytree.SUPPORTED_NODES.get(type(cache)) if _is_exporting() else None
+    if node is not None and node.flatten_fn.__module__ == "transformers.integrations.executorch":
+        raise ValueError(
+            f"export_with_dynamic_cache() was called, which takes no {type(cache).__name__} with the layer of a "
+            "skipped attention in it. Start a new process, and before anything is exported there call "
+            "transformers.exporters.exporter_dynamo.register_cache_pytrees_for_model(model), after which it takes "
+            "any; or use DynamoExporter() of transformers.exporters, or a static cache "
+            "(convert_and_export_with_cache)."
+        )
 
 
 def slot_of(mha: nn.Module) -> int | None:

@@ -72,25 +72,36 @@ def show_kept_attentions(model: PreTrainedModel, config: PreTrainedConfig) -> No
             module.__dict__.pop("forward", None)
             module.register_forward_pre_hook(_add_shift)
     shown, whole = _text_config(config), _text_config(model.config)
-    skipped = _deleted_layers(model, is_text_model=whole is model.config)
+    skipped = deleted_layers(model, is_text_model=whole is model.config)
     if not skipped:
         return
-    kept = [layer for layer in range(whole.num_hidden_layers) if layer not in skipped]
-    if not kept:
+    if len(skipped) == whole.num_hidden_layers:
         raise ValueError(
             "All attentions of this model are deleted, and vLLM runs no model without any. Use transformers, or merge "
             "an adapter that keeps one."
         )
-    for module in model.modules():
-        if getattr(module, "config", None) is whole and getattr(module, "layer_idx", None) in kept:
-            module.layer_idx = kept.index(module.layer_idx)
-            module.config = shown  # in which vLLM chooses between its own attentions, later on
-    everything = {"num_hidden_layers": whole.num_hidden_layers}
+    everything = {name: getattr(whole, name, None) for name in ("num_hidden_layers", "layer_types")}
+    for attention in number_kept_attentions(model, whole, shown, skipped):
+        attention.config = shown  # in which vLLM chooses between its own attentions, later on
+    setattr(shown, _ALL_LAYERS, {name: value for name, value in everything.items() if value is not None})
+
+
+def number_kept_attentions(
+    model: PreTrainedModel, whole: PreTrainedConfig, shown: PreTrainedConfig, skipped: set[int]
+) -> list[nn.Module]:
+    """Numbers the attentions that are not `skipped`, of which alone `shown` is made to tell, and returns them.
+
+    `whole` is the config of all layers that they hold.
+    """
+    kept = [layer for layer in range(whole.num_hidden_layers) if layer not in skipped]
     if getattr(whole, "layer_types", None) is not None:
-        everything["layer_types"] = whole.layer_types
         shown.layer_types = [whole.layer_types[layer] for layer in kept]
     shown.num_hidden_layers = len(kept)
-    setattr(shown, _ALL_LAYERS, everything)
+    modules = [module for module in model.modules() if getattr(module, "config", None) is whole]
+    attentions = [module for module in modules if getattr(module, "layer_idx", None) in kept]
+    for attention in attentions:
+        attention.layer_idx = kept.index(attention.layer_idx)
+    return attentions
 
 
 def check_pipeline(config: PreTrainedConfig) -> None:
@@ -122,8 +133,12 @@ def _ignore_markers(model: PreTrainedModel) -> None:
     model._keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(marker)}$" for marker in markers]
 
 
-def _deleted_layers(model: PreTrainedModel, is_text_model: bool) -> set[int]:
-    """The layers whose attention is deleted, of those that vLLM would run: not a vision tower's."""
+def deleted_layers(model: PreTrainedModel, is_text_model: bool) -> set[int]:
+    """The layers whose attention is deleted, of those with a KV cache: not a vision tower's.
+
+    Raises:
+        ValueError: if several kinds of attentions are deleted, as in an encoder-decoder.
+    """
     entries = model.config.eas["skipped"].items()
     names = [name for name, entry in entries if is_text_model or entry["layer_idx"] is not None]
     parts = [re.fullmatch(r"(.+)\.(\d+)\.(.+)", name).groups() for name in names]
