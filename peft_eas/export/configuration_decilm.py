@@ -14,14 +14,16 @@ LOCK = (
     "EAS model in DeciLM's layout. It needs trust_remote_code=True, for its tokenizer as well. No class of "
     "transformers can run it: load the merged checkpoint it was exported from."
 )
-_INSTEAD = "Serve the merged checkpoint that this folder was exported from"
+_INSTEAD = (
+    "Serve the merged checkpoint that this folder was exported from, with vLLM and --trust-remote-code --model-impl "
+    "transformers."
+)
 NO_BIASES = (
     "This engine's DeciLM class has no biases in FFNs, and would leave out those that hold a part of what was "
-    f"trained. {_INSTEAD}, with the engine's backend for the models of transformers."
+    f"trained. {_INSTEAD}"
 )
 NO_FIRST_ATTENTION = (
-    "The first layer's attention is deleted, and vLLM's DeciLM class cannot run a model without it. "
-    f"{_INSTEAD}, with --trust-remote-code --model-impl transformers."
+    f"The first layer's attention is deleted, and vLLM's DeciLM class cannot run a model without it. {_INSTEAD}"
 )
 
 
