@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import find_adapter_config_file
 
 from .config import EASConfig
-from .export import to_gguf, to_vllm
+from .export import to_decilm, to_gguf
 from .reporting.card import AUTO_CLASSES, write_adapter_card, write_merged_card
 from .reporting.plots import plot_loss_curve, plot_result, plot_search_curve, plot_skip_map, read_search
 from .reporting.provenance import hub_id_of
@@ -100,10 +100,10 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     _tell(f"Exporting {options.merged}")
-    if options.engine == "vllm":
-        print(to_vllm(options.merged, options.out))
-    else:
+    if options.format == "gguf":
         print(to_gguf(options.merged, None, options.out, options.dtype))
+    else:
+        print(to_decilm(options.merged, options.out))
 
 
 def _card(options: argparse.Namespace) -> None:
@@ -301,12 +301,12 @@ def _parser() -> argparse.ArgumentParser:
         help="write a merged model in the format of another engine",
         description="Write a merged model in the format of another engine.",
     )
-    engines = export.add_subparsers(dest="engine", required=True, metavar="ENGINE")
-    for engine, what, example in (
-        ("vllm", "a folder for vLLM: vllm serve OUT --trust-remote-code", "my-model my-model-vllm"),
-        ("gguf", "a file for llama.cpp; needs `pip install gguf`", "my-model my-model.gguf --dtype q8_0"),
+    formats = export.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name, old, what, example in (
+        ("decilm", ["vllm"], "a folder in DeciLM's layout, for vLLM and MLX-LM", "my-model my-model-decilm"),
+        ("gguf", [], "a file for llama.cpp; needs `pip install gguf`", "my-model my-model.gguf --dtype q8_0"),
     ):
-        one = _command(engines, engine, _export, what, f"peft-eas export {engine} {example}")
+        one = _command(formats, name, _export, what, f"peft-eas export {name} {example}", aliases=old)
         one.add_argument("merged", metavar="MERGED", help="folder of a merged model, with its tokenizer")
         one.add_argument("out", metavar="OUT", type=Path, help="what to write")
     one.add_argument(
@@ -327,9 +327,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, what: str, example: str, more: str = "") -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Any, what: str, example: str, more: str = "", aliases: Sequence[str] = ()
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
+        aliases=aliases,
         help=what,
         description=textwrap.fill(f"{what[0].upper()}{what[1:]}. {more}", 79),
         epilog=f"example:\n  {example}",

@@ -361,17 +361,19 @@ def test_plot_of_what_was_never_searched(tmp_path, capsys):
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-def test_export_to_vllm(llama, capsys):
+@pytest.mark.parametrize("name", ["decilm", "vllm"])
+def test_export_to_decilm(name, llama, capsys):
+    """By its name, and by the old one."""
     save_tokenizer(llama.base, 61)
     llama.merge()
     capsys.readouterr()
-    target = llama.out.with_name("vllm")
-    assert main(["export", "vllm", str(llama.out), str(target)]) == 0
+    target = llama.out.with_name("exported")
+    assert main(["export", name, str(llama.out), str(target)]) == 0
     assert capsys.readouterr().out == f"{target}\n"
     blocks = json.loads((target / "config.json").read_text())["block_configs"]
     assert [block["attention"]["no_op"] for block in blocks] == [False, True, False, True]
     assert (target / "tokenizer.json").is_file()
-    assert main(["export", "vllm", str(llama.adapter), str(target.with_name("two"))]) == 1
+    assert main(["export", name, str(llama.adapter), str(target.with_name("two"))]) == 1
     assert "holds an adapter, not a merged model" in sentence(capsys)
 
 
@@ -397,7 +399,7 @@ def test_export_to_gguf_tells_what_it_cannot_export(llama, capsys):
         ["merge", "base", "adapter", "out", "--device", "quark"],
         ["merge", "base", "adapter", "out", "--dtype", "float64"],
         ["export", "onnx", "merged", "out"],
-        ["export", "vllm", "merged", "out", "--dtype", "f16"],
+        ["export", "decilm", "merged", "out", "--dtype", "f16"],
     ],
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )
@@ -408,7 +410,7 @@ def test_wrong_usage_ends_with_two(arguments, capsys):
     assert "usage: peft-eas" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["merge", "summary", "plot", "export vllm", "export gguf", "card"])
+@pytest.mark.parametrize("command", ["merge", "summary", "plot", "export decilm", "export gguf", "card"])
 def test_every_command_has_help_with_an_example_that_it_takes(command, capsys):
     from peft_eas.cli import _parser
 

@@ -143,7 +143,7 @@ def models_outcome(names: dict) -> None:
 
 def serving_outcome(before: dict, after: dict) -> None:
     assert "layers.0.self_attn" in before["config"].exclude_modules
-    assert Path("my-model-vllm", "config.json").is_file()
+    assert Path("my-model-decilm", "config.json").is_file()
 
 
 OUTCOMES = {
@@ -241,7 +241,8 @@ def check_own_command(words: list[str]) -> None:
     check_options(source, words)
 
 
-CHECKS = {"pip", "python", "peft-eas", "torchrun", "accelerate", "git", "cd", "vllm", "ruff", "export"}
+CHECKS = {"pip", "python", "peft-eas", "torchrun", "accelerate", "git", "cd", "ruff", "export"}
+CHECKS |= {"vllm", "mlx_lm.generate"}
 
 
 @pytest.mark.parametrize("page", parameters(PAGES + OF_EXAMPLES, "bash"))

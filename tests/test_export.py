@@ -1,12 +1,14 @@
 """Exported models hold exactly the merged model's weights, compute the same in the engines, or are refused.
 
-The engines run where their interpreters are named: PEFT_EAS_VLLM_PYTHON, PEFT_EAS_LLAMA_CPP_PYTHON.
+The engines run where their interpreters are named: PEFT_EAS_VLLM_PYTHON, PEFT_EAS_MLX_PYTHON,
+PEFT_EAS_LLAMA_CPP_PYTHON.
 """
 
 import copy
 import importlib.util
 import json
 import os
+import pickle
 
 import merged_smollm2
 import numpy as np
@@ -32,7 +34,7 @@ from tokenizers import (
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from peft_eas import EASConfig
-from peft_eas.export import to_gguf, to_vllm
+from peft_eas.export import to_decilm, to_gguf, to_vllm
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install gguf")
 
@@ -43,7 +45,7 @@ LLAMA3 = {
     **{"rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 32,
 }
-# Models that both engines can express: family, layers skipped, changes of the config, options of the adapters.
+# Models that all engines can express: family, layers skipped, changes of the config, options of the adapters.
 FITTING = {
     "llama": ("llama", SKIP, {}, {}),
     "no biases in attentions": ("llama", SKIP, {}, {"attention_r": 0}),
@@ -63,11 +65,17 @@ FITTING = {
         {},
     ),
 }
+# Models that vLLM's class cannot.
+WITHOUT_FIRST = {"first layer": ("llama", [0, 2], {}, {}), "all but the last": ("qwen2", [0, 1, 2], FULL, {})}
+ALL = FITTING | WITHOUT_FIRST
+# Widths at which the tokens of random models vary, and which MLX-LM takes.
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 512}
+WIDE |= {"initializer_range": 0.1}
 
 
 def build(name="llama", merge=True, **more):
-    """The merged model of a row of FITTING."""
-    family, skip, changes, options = FITTING[name]
+    """The merged model of a row of ALL."""
+    family, skip, changes, options = ALL[name]
     model = build_model(family, vocab_size=ROWS, **{**changes, **more})
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, max_length=50)
     model = add_eas(model, family, skip, "running", **options)
@@ -191,13 +199,13 @@ def tokenizer():
     return wrap(byte_level())
 
 
-# --- vLLM's layout ---------------------------------------------------------------------------------------------------
+# --- DeciLM's layout -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FITTING)
-def test_vllm_layout(name, tmp_path):
+def test_decilm_layout(name, tmp_path):
     model = build(name)
-    assert to_vllm(model, tmp_path / "out") == tmp_path / "out"
+    assert to_decilm(model, tmp_path / "out") == tmp_path / "out"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     exported = load_file(tmp_path / "out" / "model.safetensors")
     expected = weights_of(model)
@@ -211,7 +219,7 @@ def test_vllm_layout(name, tmp_path):
     assert not [key for key in exported if key.startswith(tuple(f"model.layers.{i}.self_attn" for i in SKIP))] or (
         FITTING[name][1] != SKIP
     )
-    # Every projection has a bias if and only if vLLM's switch for its kind says so.
+    # Every projection has a bias if and only if the switch for its kind says so.
     assert config["architectures"] == ["DeciLMForCausalLM"]
     for i, block in enumerate(config["block_configs"]):
         skipped = i in FITTING[name][1]
@@ -219,8 +227,7 @@ def test_vllm_layout(name, tmp_path):
         assert block["ffn"] == {"no_op": False, "intermediate_size": 48}
         kinds = {"mlp_bias": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]}
         if not skipped:
-            kinds["qkv_bias"] = [f"self_attn.{letter}_proj" for letter in "qkv"]
-            kinds["attention_bias"] = ["self_attn.o_proj"]
+            kinds["attention_bias"] = [f"self_attn.{letter}_proj" for letter in "qkvo"]
         for switch, projections in kinds.items():
             for projection in projections:
                 assert (f"model.layers.{i}.{projection}.bias" in exported) == config[switch]
@@ -233,47 +240,82 @@ def test_vllm_layout(name, tmp_path):
     assert (generation.bos_token_id, generation.eos_token_id, generation.max_length) == (0, 1, 50)
 
 
-def test_vllm_biases_by_family(tmp_path):
+def test_decilm_biases_by_family(tmp_path):
     switches = {}
     for name in ("llama", "no biases in attentions", "nothing skipped", "all biases", "qwen2"):
-        config = json.loads((to_vllm(build(name), tmp_path / name) / "config.json").read_text())
-        switches[name] = [config[key] for key in ("qkv_bias", "attention_bias", "mlp_bias")]
+        config = json.loads((to_decilm(build(name), tmp_path / name) / "config.json").read_text())
+        switches[name] = [config["attention_bias"], config["mlp_bias"]]
     assert switches == {
-        "llama": [True, False, True],
-        "no biases in attentions": [False, False, True],
-        "nothing skipped": [True, False, False],
-        "all biases": [True, True, True],
-        "qwen2": [True, False, True],
+        "llama": [True, True],
+        "no biases in attentions": [False, True],
+        "nothing skipped": [True, False],
+        "all biases": [True, True],
+        "qwen2": [True, True],
     }
 
 
-def test_vllm_config_is_read_by_the_file_beside_it(tmp_path):
-    to_vllm(build("llama3"), tmp_path / "out")
+def test_decilm_config_is_read_by_the_file_beside_it(tmp_path):
+    to_decilm(build("llama3"), tmp_path / "out")
     config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert (config.model_type, config.head_dim, config.num_key_value_heads) == ("nemotron-nas", 8, 2)
     assert [block.attention.no_op for block in config.block_configs] == [False, True, True, False]
     assert config.block_configs[0].attention.n_heads_in_group == 2
-    assert not hasattr(config.block_configs[0].ffn, "ffn_mult")  # vLLM asks
-    assert config.rope_parameters["factor"] == 8.0
+    assert config.rope_parameters == LLAMA3
     assert copy.deepcopy(config).to_dict()["block_configs"] == config.block_configs
     assert json.loads(config.to_json_string())["block_configs"][1]["attention"]["no_op"] is True
 
 
-def test_vllm_folder_does_not_load_into_a_stock_class(tmp_path):
-    to_vllm(build(), tmp_path / "out")
+@pytest.mark.parametrize("width", [48, 256, 1280])
+def test_the_width_of_ffns_in_the_words_of_each_engine(width, tmp_path):
+    to_decilm(build(intermediate_size=width), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["block_configs"][1]["ffn"]
+    if width == 48:
+        assert written == {"no_op": False, "intermediate_size": 48}
+    else:  # as all who know ffn_mult compute it
+        assert written.keys() == {"no_op", "ffn_mult"}
+        assert int(2 * written["ffn_mult"] * 32 / 3) == width
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for read in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        ffn = read.block_configs[1].ffn
+        assert (ffn.no_op, ffn.intermediate_size) == (False, width)
+        assert not hasattr(ffn, "ffn_mult")  # vLLM asks
+        with pytest.raises(AttributeError, match=r"no biases in FFNs.*Serve the merged checkpoint"):
+            _ = ffn.ffn_mult  # SGLang and TensorRT-LLM ask for nothing else, and pass over biases
+
+
+def test_decilm_without_the_first_attention(tmp_path):
+    model = build("first layer", **WIDE)
+    with pytest.warns(UserWarning, match=r"vLLM's DeciLM class cannot run.*MLX-LM can.* --model-impl transformers"):
+        to_decilm(model, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert [block["attention"]["no_op"] for block in config.to_dict()["block_configs"]] == [True, False, True, False]
+    with pytest.raises(ValueError, match=r"first layer's attention is deleted.* --model-impl transformers"):
+        _ = config.block_configs[0].attention.no_op  # vLLM asks
+    for sizes in ({"intermediate_size": 500}, {"head_dim": 32}):
+        with pytest.raises(ValueError, match=r"first layer's attention.*MLX-LM could, but takes only"):
+            to_decilm(build("first layer", **WIDE | sizes), tmp_path / "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_name():
+    assert to_vllm is to_decilm
+
+
+def test_decilm_folder_does_not_load_into_a_stock_class(tmp_path):
+    to_decilm(build(), tmp_path / "out")
     for cls in (transformers.LlamaForCausalLM, transformers.LlamaModel):
-        with pytest.raises(Exception, match="EAS model in vLLM's layout"):
+        with pytest.raises(Exception, match="EAS model in DeciLM's layout"):
             cls.from_pretrained(tmp_path / "out")
     with pytest.raises(Exception, match=r"nemotron-nas|DeciLMConfig"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
 
-def test_vllm_from_a_folder(tokenizer, tmp_path):
+def test_decilm_from_a_folder(tokenizer, tmp_path):
     model = build()
     model.save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
-    to_vllm(model, tmp_path / "a", tokenizer)
-    to_vllm(str(tmp_path / "merged"), tmp_path / "b")
+    to_decilm(model, tmp_path / "a", tokenizer)
+    to_decilm(str(tmp_path / "merged"), tmp_path / "b")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(files)
@@ -284,14 +326,14 @@ def test_vllm_from_a_folder(tokenizer, tmp_path):
     assert again.chat_template == tokenizer.chat_template
 
 
-def test_vllm_without_a_tokenizer(tmp_path):
-    names = {path.name for path in to_vllm(build(), tmp_path / "out").iterdir()}
+def test_decilm_without_a_tokenizer(tmp_path):
+    names = {path.name for path in to_decilm(build(), tmp_path / "out").iterdir()}
     assert names == {"config.json", "configuration_decilm.py", "generation_config.json", "model.safetensors"}
 
 
-def test_vllm_in_bfloat16_and_in_shards(tmp_path):
+def test_decilm_in_bfloat16_and_in_shards(tmp_path):
     model = build().bfloat16()
-    to_vllm(model, tmp_path / "out", max_shard_size="30KB")
+    to_decilm(model, tmp_path / "out", max_shard_size="30KB")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 1
     for key, value in weights_of(model).items():
@@ -304,18 +346,18 @@ def test_vllm_in_bfloat16_and_in_shards(tmp_path):
 def test_a_head_that_is_no_longer_the_embedding_is_kept(tmp_path):
     model = build("tied")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1.0)
-    to_vllm(model, tmp_path / "out")
+    to_decilm(model, tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(exported["lm_head.weight"], model.lm_head.weight)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_vllm_goes_into_an_empty_folder_only(tmp_path):
+def test_decilm_goes_into_an_empty_folder_only(tmp_path):
     (tmp_path / "out").mkdir()
-    to_vllm(build(), tmp_path / "out")
+    to_decilm(build(), tmp_path / "out")
     before = sorted(path.name for path in tmp_path.iterdir()), (tmp_path / "out" / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"needs a folder that is empty.*Name another"):
-        to_vllm(build("tied"), tmp_path / "out")
+        to_decilm(build("tied"), tmp_path / "out")
     after = sorted(path.name for path in tmp_path.iterdir()), (tmp_path / "out" / "config.json").read_bytes()
     assert before == after
     assert before[0] == ["out"]  # nothing temporary is left
@@ -367,17 +409,22 @@ def gguf_names(model):
     return names
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", ALL)
 def test_gguf_layout(name, tokenizer, tmp_path):
     model = build(name)
     assert to_gguf(model, tokenizer, tmp_path / "m.gguf", dtype="f32") == tmp_path / "m.gguf"
     metadata, values, types = read_gguf(tmp_path / "m.gguf")
-    names, config, skipped = gguf_names(model), model.config, FITTING[name][1]
+    names, config, skipped = gguf_names(model), model.config, ALL[name][1]
     head_dim = 16 if name == "wide heads" else 8
     if config.tie_word_embeddings:
         names.pop("output.weight")
     scaled = config.rope_parameters["rope_type"] != "default"
-    assert values.keys() == names.keys() | ({"rope_freqs.weight"} if scaled else set())
+    first = (
+        {"blk.0.attn_norm.weight": np.ones(32), "blk.0.attn_output.weight": np.zeros((32, 32))} if 0 in skipped else {}
+    )
+    assert values.keys() == names.keys() | ({"rope_freqs.weight"} if scaled else set()) | first.keys()
+    for short, value in first.items():
+        np.testing.assert_array_equal(values[short], value)
     for short, full in names.items():
         np.testing.assert_array_equal(values[short], rows_of(full, model.state_dict()[full], head_dim))
     assert set(types.values()) == {"F32"}
@@ -385,7 +432,7 @@ def test_gguf_layout(name, tokenizer, tmp_path):
         **{"general.architecture": "deci", "general.file_type": 0, "deci.block_count": 4},
         **{"deci.context_length": 128, "deci.embedding_length": 32, "deci.vocab_size": ROWS},
         "deci.feed_forward_length": [48] * 4,
-        "deci.attention.head_count": [0 if i in skipped else 4 for i in range(4)],
+        "deci.attention.head_count": [4] + [0 if i in skipped else 4 for i in range(1, 4)],
         "deci.attention.head_count_kv": [0 if i in skipped else 2 for i in range(4)],
         **{"deci.attention.key_length": head_dim, "deci.attention.value_length": head_dim},
         "deci.rope.dimension_count": head_dim,
@@ -562,9 +609,9 @@ REFUSED = {
     "gpt2": (lambda: make_eas("gpt2", "cpu", SKIP).merge_and_unload(), ValueError, "EASGPT2LMHeadModel does not fit"),
     "llava": (lambda: make_eas("llava", "cpu", SKIP).merge_and_unload(), ValueError, "EASLlava.* does not fit"),
     "classifier": (with_heads, ValueError, "EASLlamaForSequenceClassification does not fit"),
-    "first layer": (
-        *(lambda: make_eas("llama", "cpu", [0, 2], "running").merge_and_unload(), ValueError),
-        r"The first layer's attention is deleted.*exclude_modules=\[\"layers\.0\.self_attn\"\].*merge again",
+    "all": (
+        *(lambda: make_eas("llama", "cpu", range(4), "running").merge_and_unload(), ValueError),
+        "All attentions of this model are deleted.*merge an adapter that keeps one",
     ),
     "mistral's window": (
         lambda: build("mistral", sliding_window=6),
@@ -592,19 +639,19 @@ def test_refused_before_a_file_is_written(case, tokenizer, tmp_path):
     make, error, message = REFUSED[case]
     model = make()
     with pytest.raises(error, match=message):
-        to_vllm(model, tmp_path / "parent" / "out", tokenizer)
+        to_decilm(model, tmp_path / "parent" / "out", tokenizer)
     with pytest.raises(error, match=message):
         to_gguf(model, tokenizer, tmp_path / "parent" / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:.*running mean")
-@pytest.mark.parametrize("case", ["stock", "qwen3", "llava", "classifier", "first layer", "mistral's window"])
+@pytest.mark.parametrize("case", ["stock", "qwen3", "llava", "classifier", "all", "mistral's window"])
 def test_refused_from_a_folder(case, tokenizer, tmp_path):
     make, error, message = REFUSED[case]
     make().save_pretrained(tmp_path / "saved")
     with pytest.raises(error, match=message):
-        to_vllm(tmp_path / "saved", tmp_path / "out")
+        to_decilm(tmp_path / "saved", tmp_path / "out")
     with pytest.raises(error, match=message):
         to_gguf(tmp_path / "saved", tokenizer, tmp_path / "m.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
@@ -613,7 +660,7 @@ def test_refused_from_a_folder(case, tokenizer, tmp_path):
 def test_folders_that_hold_no_merged_model(tokenizer, tmp_path):
     build(merge=False).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"holds an adapter, not a merged model.*PeftModel.from_pretrained\(\)"):
-        to_vllm(tmp_path / "adapter", tmp_path / "out")
+        to_decilm(tmp_path / "adapter", tmp_path / "out")
     with pytest.raises(ValueError, match=r"not a folder with a config.json"):
         to_gguf(tmp_path / "missing", tokenizer, tmp_path / "m.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -755,15 +802,33 @@ def ask_vllm(folder, prompts, num_tokens):
     return job["tokens"]
 
 
+def ask_mlx(jobs, folder):
+    """What mlx_worker.py makes of jobs."""
+    python = interpreter("PEFT_EAS_MLX_PYTHON")
+    (folder / "jobs.json").write_text(json.dumps([{"texts": [], "num_tokens": 24, "end": 1, **job} for job in jobs]))
+    return run_worker(python, "mlx_worker.py", folder / "jobs.json")
+
+
 @pytest.fixture(scope="module")
 def smollm():
     """(merged SmolLM2, its tokenizer, prompts as texts and as ids, greedy continuations in transformers)."""
-    if not os.environ.get("PEFT_EAS_VLLM_PYTHON") and not os.environ.get("PEFT_EAS_LLAMA_CPP_PYTHON"):
-        pytest.skip("PEFT_EAS_VLLM_PYTHON and PEFT_EAS_LLAMA_CPP_PYTHON name no interpreter that has the engine")
+    if not any(os.environ.get(f"PEFT_EAS_{engine}_PYTHON") for engine in ("VLLM", "MLX", "LLAMA_CPP")):
+        pytest.skip("none of PEFT_EAS_{VLLM,MLX,LLAMA_CPP}_PYTHON names an interpreter that has the engine")
     model, tokenizer = merged_smollm2.load()
     model = merged_smollm2.merge(model)
     texts, prompts = merged_smollm2.prompts(tokenizer)
     return model, tokenizer, texts, prompts, [merged_smollm2.greedy(model, prompt, 32) for prompt in prompts]
+
+
+def continued(name, lengths, **sizes):
+    """(model of a row of ALL, random prompts, their greedy continuations in transformers)."""
+    model = build(name, **sizes)
+    model.generation_config = GenerationConfig(eos_token_id=1)
+    torch.manual_seed(0)
+    prompts = [torch.randint(3, ROWS, (length,)).tolist() for length in lengths]
+    expected = [merged_smollm2.greedy(model, prompt, 24) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 10
+    return model, prompts, expected
 
 
 def test_smollm2_in_vllm(smollm, tmp_path):
@@ -773,22 +838,59 @@ def test_smollm2_in_vllm(smollm, tmp_path):
     assert len(biases) == 2 * 15 + 3 * 15
     assert all(value.any() for value in biases)
     assert len(prompts) == 20
-    to_vllm(model, tmp_path / "out", tokenizer)
+    to_decilm(model, tmp_path / "out", tokenizer)
     assert ask_vllm(tmp_path / "out", prompts, 32) == expected
 
 
 @pytest.mark.parametrize("name", ["all biases", "llama3", "linear", "mistral", "qwen2"])
 def test_other_models_in_vllm(name, tmp_path):
     interpreter("PEFT_EAS_VLLM_PYTHON")
-    sizes = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512, "initializer_range": 0.1}
-    model = build(name, **sizes)
-    model.generation_config = GenerationConfig(eos_token_id=1)
-    torch.manual_seed(0)
-    prompts = [torch.randint(3, ROWS, (length,)).tolist() for length in (5, 17, 100)]
-    expected = [merged_smollm2.greedy(model, prompt, 24) for prompt in prompts]
-    assert len({token for tokens in expected for token in tokens}) > 10
-    to_vllm(model, tmp_path / "out")
+    model, prompts, expected = continued(name, (5, 17, 100), **WIDE)
+    to_decilm(model, tmp_path / "out")
     assert ask_vllm(tmp_path / "out", prompts, 24) == expected
+
+
+def test_a_deleted_first_attention_is_refused_in_vllm(tmp_path):
+    interpreter("PEFT_EAS_VLLM_PYTHON")
+    with pytest.warns(UserWarning, match="first layer's attention"):
+        to_decilm(build("first layer", **WIDE), tmp_path / "out")
+    with pytest.raises(AssertionError, match="first layer's attention is deleted"):
+        ask_vllm(tmp_path / "out", [[5]], 1)
+
+
+def test_smollm2_in_mlx(smollm, tmp_path):
+    interpreter("PEFT_EAS_MLX_PYTHON")
+    model, tokenizer, texts, prompts, expected = smollm
+    folder = str(to_decilm(model, tmp_path / "out", tokenizer))
+    job = {"folder": folder, "texts": texts, "prompts": prompts, "num_tokens": 32, "end": tokenizer.eos_token_id}
+    (result,) = ask_mlx([job], tmp_path)
+    assert result["tokens"] == prompts
+    assert result["continued"] == expected
+    assert result["bytes_per_token"] == 2 * 3 * 64 * 4 * (30 - len(merged_smollm2.SKIPPED))
+
+
+@pytest.mark.filterwarnings("ignore:The first layer's attention")
+def test_other_models_in_mlx(tmp_path):
+    interpreter("PEFT_EAS_MLX_PYTHON")
+    names = [name for name in ALL if name != "wide heads"]
+    jobs, expected = [], {}
+    for name in names:
+        model, prompts, tokens = continued(name, (1, 5, 17, 100), **WIDE)
+        jobs.append({"folder": str(to_decilm(model, tmp_path / name)), "prompts": prompts})
+        size = 2 * 2 * 64 * 4 * (4 - len(ALL[name][1]))
+        expected[name] = {"tokens": [], "continued": tokens, "bytes_per_token": size}
+    assert dict(zip(names, ask_mlx(jobs, tmp_path), strict=True)) == expected
+
+
+def test_widths_that_mlx_does_not_have(tmp_path):
+    interpreter("PEFT_EAS_MLX_PYTHON")
+    folders = [
+        to_decilm(build(**WIDE | sizes), tmp_path / str(i))
+        for i, sizes in enumerate([{"intermediate_size": 500}, {"head_dim": 32}])
+    ]
+    ffn, heads = ask_mlx([{"folder": str(folder), "prompts": [[5]]} for folder in folders], tmp_path)
+    assert "unexpected keyword argument 'intermediate_size'" in ffn["error"]
+    assert "shape" in heads["error"]
 
 
 def test_smollm2_in_llama_cpp(smollm, tmp_path):
@@ -814,15 +916,10 @@ def test_other_types_run_in_llama_cpp(dtype, smollm, tmp_path):
     assert same >= 4
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", ALL)
 def test_tiny_models_in_llama_cpp(name, tokenizer, tmp_path):
     interpreter("PEFT_EAS_LLAMA_CPP_PYTHON")
-    model = build(name)
-    model.generation_config = GenerationConfig(eos_token_id=1)
-    torch.manual_seed(0)
-    prompts = [torch.randint(3, ROWS, (length,)).tolist() for length in (5, 17, 40)]
-    expected = [merged_smollm2.greedy(model, prompt, 24) for prompt in prompts]
-    assert len({token for tokens in expected for token in tokens}) > 10
+    model, prompts, expected = continued(name, (5, 17, 40))
     to_gguf(model, tokenizer, tmp_path / "m.gguf")
     assert ask_llama_cpp(tmp_path, tmp_path / "m.gguf", prompts=prompts)["continued"] == expected
 

@@ -76,9 +76,7 @@ def test_generation(name, family, packages, tmp_path):
     settings = {"stateful": False} if name == "OpenVINO" else {}
     merged = merged_model(family)
     exported = export(merged, name, **settings)
-    if (
-        name != "Dynamo"
-    ):  # torch 2.13 loads it with a log message that lacks an argument, which pytest takes for a failure
+    if name != "Dynamo":  # torch 2.13 loads one with a log message that lacks an argument, for which a test fails
         exported.save_pretrained(tmp_path)
         exported = exporters.ExportedModel.from_pretrained(tmp_path, trust_remote_code=True)
     for batch, length in ((2, 9), (3, 5)):  # of other sizes than the example's, too

@@ -85,7 +85,7 @@ def test_modules_are_short():
         "peft_eas.merged": ["register_family"],
         "peft_eas.plots": ["plot_loss_curve", "plot_search_curve", "plot_skip_map"],
         "peft_eas.card": ["record_speed"],
-        "peft_eas.export": ["to_gguf", "to_vllm"],
+        "peft_eas.export": ["to_decilm", "to_gguf", "to_vllm"],
     }.items(),
 )
 def test_documented_names(module, names):

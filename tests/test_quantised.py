@@ -14,7 +14,7 @@ from training import SCHEDULE, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from peft_eas import EASCallback, EASConfig
-from peft_eas.export import to_vllm
+from peft_eas.export import to_decilm
 from peft_eas.folding.fold import LowRankMap, check_projection, fold, fold_is_finite, unfold
 from peft_eas.folding.quantised import dense_weight, is_quantised
 
@@ -452,9 +452,9 @@ def test_one_refused_projection_keeps_all_as_they_are(where, folder):
 def test_the_export_says_what_to_do(kind, folder, tmp_path):
     merged = make(kind, folder, skip=[1, 2]).merge_and_unload()
     with pytest.raises(ValueError, match=r"some are .*[Ii]nt8.*dequantize\(\)"):
-        to_vllm(merged, tmp_path)
+        to_decilm(merged, tmp_path)
     if kind in BITSANDBYTES:
-        to_vllm(merged.dequantize(dtype=torch.float32), tmp_path)
+        to_decilm(merged.dequantize(dtype=torch.float32), tmp_path)
 
 
 # --- 4-bit weights that evaluation on a CPU has repacked -------------------------------------------------------------

@@ -29,8 +29,8 @@ from peft_eas.export.exportable import CLASSES
 from peft_eas.reporting.provenance import origin
 
 NOTE = (
-    "llama.cpp, and vLLM's own DeciLM class, need the first layer's attention. To export to them, train with "
-    'exclude_modules=["layers.0.self_attn"].'
+    "vLLM's own DeciLM class needs the first layer's attention, which no other engine does. To export to it, "
+    'train with exclude_modules=["layers.0.self_attn"].'
 )
 FFN = 48
 BIASES = 2 * FFN + WIDTH
@@ -259,7 +259,7 @@ def test_the_total_counts_candidates_as_the_card_does(tmp_path):
         assert "| Attentions that were no candidates | 5 more, unchanged |" in card
 
 
-# --- the first layer's attention, which an export needs --------------------------------------------------------------
+# --- the first layer's attention, which vLLM's own class needs -------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])

@@ -12,7 +12,7 @@ from test_architectures import output
 from transformers import AutoModelForCausalLM
 
 from peft_eas import EASConfig, eas_summary
-from peft_eas.export import to_vllm
+from peft_eas.export import to_decilm
 
 EMBEDDINGS = {
     "llama": "model.embed_tokens",
@@ -112,7 +112,7 @@ def test_other_families(tmp_path, name) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_exported_models_have_the_trained_tokens(tmp_path, tied) -> None:
     merged = make_model("llama", tied).merge_and_unload()
-    folder = to_vllm(merged, tmp_path)
+    folder = to_decilm(merged, tmp_path)
     weights = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
     assert torch.equal(weights["model.embed_tokens.weight"], merged.model.embed_tokens.weight)
     assert ("lm_head.weight" in weights) != tied

@@ -33,11 +33,11 @@ def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
 
 @pytest.fixture(autouse=True)
 def vllm_attention():
-    """Lets configs name the attentions of vLLM's."""
-    for name in ("vllm", "vllm_mla"):
+    """Lets configs name the attentions of vLLM, and SGLang's."""
+    for name in ("vllm", "vllm_mla", "sglang"):
         ALL_ATTENTION_FUNCTIONS[name] = _attention
     yield
-    for name in ("vllm", "vllm_mla"):
+    for name in ("vllm", "vllm_mla", "sglang"):
         del ALL_ATTENTION_FUNCTIONS[name]
 
 
@@ -98,6 +98,17 @@ def test_the_kept_attentions_follow_the_config_of_vllm():
     kept = [model.get_submodule(name) for name in attentions(model)]
     assert len(kept) == 3
     assert {module.config._attn_implementation for module in kept} == {"vllm_mla"}
+
+
+@pytest.mark.filterwarnings("ignore:.*context='prompt'")
+@pytest.mark.parametrize("context", ["running", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_sglang_is_refused(family, context):
+    """Its backend sets its own attention in the text model's config, as vLLM's does."""
+    config = copy.deepcopy(make_eas(family, "cpu", [1], context).merge_and_unload(context=context).config)
+    config.get_text_config()._attn_implementation = "sglang"
+    with pytest.raises(ValueError, match=r"SGLang cannot run.*vLLM and --trust-remote-code --model-impl transformers"):
+        AutoModel.from_config(config)
 
 
 def test_text_model_of_a_multi_modal_one():

@@ -19,7 +19,7 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
     **encoder_decoders.ROWS,
 }
 
-# Models that vLLM and llama.cpp can run without some attentions, but for the first layer's; see `export`.
+# Models that other engines can run without some attentions; see `export`.
 EXPORTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 # Blocks that the method does not fit as it is, and why.

@@ -1,7 +1,7 @@
-"""Merged models in other engines' formats: `to_vllm` and `to_gguf` (llama.cpp).
+"""Merged models in other engines' formats: `to_decilm` (vLLM, MLX-LM) and `to_gguf` (llama.cpp).
 
-Both engines know one kind of model whose layers may lack an attention, DeciLM: Llama-like blocks, the first of which
-has its attention. Whatever does not fit is refused before a file is written.
+All of them know one kind of model whose layers may lack an attention, DeciLM, of Llama-like blocks. Whatever does not
+fit is refused before a file is written.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any, Literal
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import configuration_decilm, gguf_file
-from .exportable import ATTENTION, MLP, QKV, Exportable, head_dim, is_path, take_apart
+from .exportable import ATTENTION, MLP, UNEXPORTED, Exportable, head_dim, is_path, take_apart
 from .vocabulary import read_vocabulary
 
 TOKENIZER_FILES = (
@@ -30,17 +31,21 @@ TOKENIZER_FILES = (
 Dtype = Literal["f32", "f16", "bf16", "q8_0"]
 
 
-def to_vllm(
+def to_decilm(
     model: PreTrainedModel | str | os.PathLike,
     folder: str | os.PathLike,
     processing_class: PreTrainedTokenizerBase | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Writes a merged model as a checkpoint that vLLM loads with `trust_remote_code=True`.
+    """Writes a merged model as a checkpoint in DeciLM's layout, which MLX-LM loads, and vLLM with trust_remote_code.
 
-    The layout is that of Nemotron-NAS, vLLM's class DeciLMForCausalLM: config.json with `block_configs`, the small
-    `configuration_decilm.py` that reads them, safetensors, generation_config.json, and the tokenizer's files. The
-    weights keep their dtype. vLLM has one switch for all layers' biases, so layers without them get zeros.
+    The layout is that of Nemotron-NAS ("nemotron-nas", the class DeciLMForCausalLM): config.json with `block_configs`,
+    the small `configuration_decilm.py` that reads them, safetensors, generation_config.json, and the tokenizer's
+    files. The weights keep their dtype. There is one switch for all attentions' biases and one for all FFNs', so
+    projections without them get zeros.
+
+    vLLM's class refuses a model whose first attention is deleted, of which a warning tells. MLX-LM refuses one whose
+    FFNs' width is no multiple of 256, or whose heads' together is not the model's.
 
     Args:
         model: what `merge_and_unload()` returned, or the folder in which it was saved.
@@ -54,13 +59,14 @@ def to_vllm(
     Raises:
         TypeError: if `model` is neither a transformers model nor a folder.
         ValueError: if the model is not a merged one or has a part that DeciLM does not have (the message says which),
-            or if `folder` is not empty. Nothing is written then.
+            if neither engine would take it, or if `folder` is not empty. Nothing is written then.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"The export to {folder} needs a folder that is empty or does not exist yet. Name another.")
     parts = take_apart(model)
-    config, weights = _vllm_config(parts)
+    _check_first_layer(parts)
+    config, weights = _decilm_config(parts)
     with _temporary_beside(folder) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -76,6 +82,9 @@ def to_vllm(
             folder.rmdir()
         temporary.rename(folder)
     return folder
+
+
+to_vllm = to_decilm  # the old name
 
 
 def to_gguf(
@@ -125,32 +134,39 @@ def to_gguf(
     return path
 
 
-# --- vLLM ------------------------------------------------------------------------------------------------------------
+# --- DeciLM ----------------------------------------------------------------------------------------------------------
 
 
-def _vllm_config(parts: Exportable) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _check_first_layer(parts: Exportable) -> None:
+    """Warns that vLLM's class will refuse a model without its first attention; raises if MLX-LM would as well."""
+    if 0 not in parts.skipped:
+        return
+    config = parts.config
+    what = "The first layer's attention is deleted, and vLLM's DeciLM class cannot run a model without it"
+    if config.intermediate_size % 256 or head_dim(config) * config.num_attention_heads != config.hidden_size:
+        raise ValueError(
+            f"{what}. MLX-LM could, but takes only FFNs of a multiple of 256 wide and heads that are together as wide "
+            f"as the model. {UNEXPORTED}"
+        )
+    warnings.warn(f"{what}; MLX-LM can run what is written. {UNEXPORTED}", stacklevel=3)
+
+
+def _decilm_config(parts: Exportable) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of config.json, and the weights with zeros for the biases that its switches ask for."""
     config, weights = parts.config, dict(parts.weights)
     layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-    biased = {part for part in ATTENTION + MLP if any(f"{layer}.{part}.bias" in weights for layer in layers)}
-    switches = {
-        "attention_bias": "self_attn.o_proj" in biased,
-        "qkv_bias": bool(biased.intersection(QKV)),  # where given, attention_bias is about o_proj alone
-        "mlp_bias": bool(biased.intersection(MLP)),
-    }
-    needed = (
-        *(QKV if switches["qkv_bias"] else ()),
-        *(("self_attn.o_proj",) if switches["attention_bias"] else ()),
-        *(MLP if switches["mlp_bias"] else ()),
-    )
-    for layer, part in itertools.product(layers, needed):
-        weight = weights.get(f"{layer}.{part}.weight")
-        if weight is not None:
-            weights.setdefault(f"{layer}.{part}.bias", weight.new_zeros(weight.shape[0]))
+    switches = {}
+    for switch, projections in {"attention_bias": ATTENTION, "mlp_bias": MLP}.items():
+        names = [f"{layer}.{part}" for layer, part in itertools.product(layers, projections)]
+        switches[switch] = any(f"{name}.bias" in weights for name in names)
+        for name in names if switches[switch] else ():
+            if f"{name}.weight" in weights:
+                weight = weights[f"{name}.weight"]
+                weights.setdefault(f"{name}.bias", weight.new_zeros(weight.shape[0]))
     group = config.num_attention_heads // config.num_key_value_heads
     kept = {"no_op": False, "n_heads_in_group": group}
     deleted = {"no_op": True, "n_heads_in_group": None}
-    ffn = {"no_op": False, "intermediate_size": config.intermediate_size}
+    ffn = {"no_op": False, **_ffn_size(config)}
     blocks = [
         {"attention": deleted if i in parts.skipped else kept, "ffn": ffn} for i in range(config.num_hidden_layers)
     ]
@@ -159,6 +175,7 @@ def _vllm_config(parts: Exportable) -> tuple[dict[str, Any], dict[str, Tensor]]:
         *("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "initializer_range"),
         *("bos_token_id", "eos_token_id", "pad_token_id"),
     )
+    rope = config.rope_parameters
     return {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
@@ -170,8 +187,21 @@ def _vllm_config(parts: Exportable) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "tie_word_embeddings": parts.tied,
         "dtype": str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch."),
         **switches,
+        # What rope_parameters is in MLX-LM's words.
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if parts.rope_factors is None else rope,
         "block_configs": blocks,
     }, weights
+
+
+def _ffn_size(config: PreTrainedConfig) -> dict[str, Any]:
+    """An FFN's width as DeciLM's readers take it.
+
+    MLX-LM knows multiples of 256 alone, by `ffn_mult`, and refuses a block with `intermediate_size`.
+    """
+    if config.intermediate_size % 256 == 0:
+        return {"ffn_mult": 1.5 * config.intermediate_size / config.hidden_size}
+    return {"intermediate_size": config.intermediate_size}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

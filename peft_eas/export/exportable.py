@@ -1,7 +1,6 @@
 """Which merged models other engines can express in their own classes, and the parts of those that they can.
 
-vLLM and llama.cpp know one kind of model whose layers may lack an attention, DeciLM: Llama-like blocks, the first of
-which has its attention.
+They know one kind of model whose layers may lack an attention, DeciLM, of Llama-like blocks.
 """
 
 import os
@@ -18,8 +17,7 @@ from ..architectures import EXPORTABLE
 CLASSES = tuple(f"EAS{name}" for name in EXPORTABLE)
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-ATTENTION = (*QKV, "self_attn.o_proj")
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 UNEXPORTED = (
     "Without an export, run what save_pretrained() writes: with transformers, or with vLLM and the options "
@@ -108,15 +106,14 @@ def _check_config(config: PreTrainedConfig, class_name: str) -> None:
         )
     if class_name not in CLASSES:
         raise ValueError(
-            f"{class_name} does not fit DeciLM's layout, the one in which vLLM and llama.cpp know deleted attentions; "
+            f"{class_name} does not fit DeciLM's layout, the one in which other engines know deleted attentions; "
             f"{', '.join(CLASSES)} do. {UNEXPORTED}"
         )
     skipped = _skipped(config)
-    if 0 in skipped:
+    if len(skipped) == config.num_hidden_layers:
         raise ValueError(
-            "The first layer's attention is deleted, and neither vLLM nor llama.cpp can run a DeciLM model without "
-            f"it. {UNEXPORTED} For an export, train the adapter anew with "
-            'exclude_modules=["layers.0.self_attn"], or with skipped_modules that leave layer 0 out, and merge again.'
+            "All attentions of this model are deleted, and no other engine runs a model without any. Use "
+            "transformers, or merge an adapter that keeps one."
         )
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)

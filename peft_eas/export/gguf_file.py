@@ -3,6 +3,7 @@
 `peft_eas.export.to_gguf` is the way in. The package gguf is imported when it is needed.
 """
 
+import itertools
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,11 +81,25 @@ def _entries(parts: Exportable, kind: Any) -> Iterator[tuple[str, Tensor, Any]]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, _ = GGML_QUANT_SIZES[kind]
-    for name, value in parts.weights.items():
+    for name, value in itertools.chain(parts.weights.items(), _first_attention(parts).items()):
         matrix = value.dim() == 2 and value.shape[-1] % block == 0
         yield gguf_name(name), value, kind if matrix else GGMLQuantizationType.F32
     if parts.rope_factors is not None:
         yield "rope_freqs.weight", parts.rope_factors, GGMLQuantizationType.F32
+
+
+def _first_attention(parts: Exportable) -> dict[str, Tensor]:
+    """What stands for a deleted first attention: "deci" wants heads there, and has attentions that are one projection.
+
+    This one is zero. It has no keys and values.
+    """
+    if 0 not in parts.skipped:
+        return {}
+    width = parts.config.hidden_size
+    return {
+        "model.layers.0.input_layernorm.weight": torch.ones(width),
+        "model.layers.0.self_attn.o_proj.weight": torch.zeros(width, width),
+    }
 
 
 def gguf_name(name: str) -> str:
@@ -132,7 +147,8 @@ def _add_metadata(writer: Any, parts: Exportable, dtype: str) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length([config.intermediate_size for _ in layers])
-    writer.add_head_count([0 if i in parts.skipped else config.num_attention_heads for i in layers])
+    # The first layer's heads give the heads' width, also if it has none; see `_first_attention`.
+    writer.add_head_count([config.num_attention_heads if i == 0 or i not in parts.skipped else 0 for i in layers])
     writer.add_head_count_kv([0 if i in parts.skipped else config.num_key_value_heads for i in layers])
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))

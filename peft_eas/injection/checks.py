@@ -287,12 +287,12 @@ def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
 
 
 def first_layer_note(config: EASConfig, model: nn.Module | None, candidates: Iterable[str]) -> str | None:
-    """What to change for an export, where it takes the model but for a skip set that may hold the first attention."""
+    """What to change for vLLM's own class, where it takes the model but for a skip set that may hold the first MHA."""
     first = "model.layers.0.self_attn"
     searched = candidates if config.is_to_skip else ()
     if type(model).__name__ not in EXPORTABLE or first not in (config.skipped_modules or searched):
         return None
     return (
-        "llama.cpp, and vLLM's own DeciLM class, need the first layer's attention. To export to them, train with "
-        'exclude_modules=["layers.0.self_attn"].'
+        "vLLM's own DeciLM class needs the first layer's attention, which no other engine does. To export to it, "
+        'train with exclude_modules=["layers.0.self_attn"].'
     )

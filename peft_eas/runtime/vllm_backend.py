@@ -32,8 +32,14 @@ def config_of_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 
     Raises:
         ValueError: if vLLM builds a model that keeps adapters for each prompt's own context, or one with latent
-            attentions whose type it was not told.
+            attentions whose type it was not told; or if SGLang builds one without some attentions, or with
+            adapters: its loader knows no markers, and its batches have no prompts of their own.
     """
+    if _text_config(config, "sglang") is not None and (config.eas["skipped"] or config.eas.get("context") == "prompt"):
+        raise ValueError(
+            "SGLang cannot run a model without some of its attentions, or with adapters. Serve this folder with vLLM "
+            "and --trust-remote-code --model-impl transformers."
+        )
     text = _text_config(config)
     if text is None or getattr(config, _IS_WHOLE, False):
         return config
@@ -114,14 +120,11 @@ def check_pipeline(config: PreTrainedConfig) -> None:
         )
 
 
-def _text_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """The part of `config` whose attentions are vLLM's; None where another library builds the model."""
+def _text_config(config: PreTrainedConfig, engine: str = "vllm") -> PreTrainedConfig | None:
+    """The part of `config` whose attentions are the engine's; None where another library builds the model."""
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    return next((part for part in parts if _is_for_vllm(part)), None)
-
-
-def _is_for_vllm(config: PreTrainedConfig | None) -> bool:
-    return str(getattr(config, "_attn_implementation", None)).startswith("vllm")
+    names = [str(getattr(part, "_attn_implementation", None)) for part in parts]
+    return next((part for part, name in zip(parts, names) if name.startswith(engine)), None)
 
 
 def _ignore_markers(model: PreTrainedModel) -> None:
