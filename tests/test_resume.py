@@ -127,8 +127,9 @@ class Course(TrainerCallback):
         self.skipped: dict[int, tuple[str, ...]] = {}
 
     def on_substep_end(self, args, state, control, model, **kwargs) -> None:
-        held = next(m for m in model.modules() if isinstance(m, RoutedAdapter) and m.running_context is not None)
-        self.shares[state.global_step] = 0.0 if held._annealed_to is None else float(held._annealed_to[1])
+        adapters = (module for module in model.modules() if isinstance(module, RoutedAdapter))
+        annealed = (adapter._annealed_to for adapter in adapters if adapter._annealed_to is not None)
+        self.shares[state.global_step] = max((float(share) for _, share in annealed), default=0.0)
         self.skipped[state.global_step] = tuple(model.base_model.skipped_modules)
 
     def on_step_end(self, args, state, control, model, **kwargs) -> None:
@@ -212,7 +213,7 @@ def test_frozen_by_hand_it_stays_so(tmp_path):
             if state.global_step == 6:
                 model.freeze_context()
 
-    settings = {**FRACTIONS, "freeze_context_at": None}
+    settings = {**FRACTIONS, "freeze_context_at": None, "fit_tokens": 0}  # with which step 6 has seen all contexts
     options = {"max_steps": 40, "save_strategy": "steps", "save_steps": 8}
     trainer = make_trainer(tmp_path, EASCallback(**settings), **options)
     trainer.add_callback(Freeze())

@@ -97,7 +97,7 @@ def test_it_is_what_the_callback_does_under_trainer(tmp_path) -> None:
     """On the same batches the same sets are drawn, with the same losses, and the weights end equal to the bit."""
     training, evaluation, watcher = Sentences(), Sentences(size=12, seed=1), Watcher()
     plain = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "adamw_torch"}
-    callback = EASCallback(**SCHEDULE, reward_dataset=evaluation)
+    callback = EASCallback(**SCHEDULE, reward_dataset=evaluation, fit_tokens=0)
     trainer = make_trainer(
         tmp_path, callback, make_model(dropout=0.0), watcher, train_dataset=training, eval_dataset=None, **plain
     )

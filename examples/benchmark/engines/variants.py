@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from examples.shared.measure import cache_bytes_per_token
 from peft_eas import EASConfig
 from peft_eas.architectures import default_targets
-from peft_eas.export import to_gguf, to_vllm
+from peft_eas.export import to_decilm, to_gguf
 
 Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -55,5 +55,5 @@ def write_variants(engine: str, load: Loader, num_skip: int, dtype: str, folder:
             yield Variant("base, vLLM's own class", path, width)
         yield Variant(f"{name}, transformers backend", path, width, {"model_impl": "transformers"})
         if number:
-            to_vllm(model, folder / "decilm")
+            to_decilm(model, folder / "decilm")
             yield Variant("merged, DeciLM layout", folder / "decilm", width)
