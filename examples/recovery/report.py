@@ -75,25 +75,26 @@ def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1, len(groups), figsize=(3.4 * len(groups), 3.6), squeeze=False, layout="constrained"
-    )
+    names = [name for name in VARIANTS if any(_accuracies(runs, group, name) for group in groups)]
+    size = (2 + 2.4 * len(groups), 1.3 + 0.3 * len(names))
+    figure, panels = pyplot.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
     lines: list[Any] = []
     for panel, group in zip(panels[0], groups):
-        names = [name for name in VARIANTS if _accuracies(runs, group, name)]
         for place, name in enumerate(names):
             values = _accuracies(runs, group, name)
-            panel.plot([place] * len(values), values, "o", color="#56B4E9", zorder=3)
-            panel.plot([place - 0.25, place + 0.25], [statistics.mean(values)] * 2, color="#0072B2", linewidth=2.2)
+            panel.plot(values, [place] * len(values), "o", color="#56B4E9", zorder=3)
+            if values:
+                panel.plot([statistics.mean(values)] * 2, [place - 0.3, place + 0.3], color="#0072B2", linewidth=2.2)
         whole = _accuracies(runs, group, NOTHING_SKIPPED)
         if whole:
-            line = panel.axhline(statistics.mean(whole), color="black", linestyle="--", label=NOTHING_SKIPPED)
+            line = panel.axvline(statistics.mean(whole), color="black", linestyle="--", label=NOTHING_SKIPPED)
             lines = [line]
-        panel.set_xticks(range(len(names)), [name.replace(", ", ",\n").replace(" ", "\n") for name in names])
-        panel.set_title(f"{MODELS.get(group[0], group[0])}, {group[1]} skipped")
-        panel.set_ylabel("accuracy, %")
-        panel.grid(axis="y", alpha=0.3)
+        panel.set_title(f"{MODELS.get(group[0], group[0])}, {group[1]} skipped", fontsize=10)
+        panel.set_xlabel("accuracy, %")
+        panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_yticks(range(len(names)), names)
+    panels[0][0].invert_yaxis()
     figure.legend(handles=lines, frameon=False, loc="outside lower center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
