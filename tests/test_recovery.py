@@ -1,5 +1,6 @@
 """The ablation of what wins accuracy back: its runs on a tiny model, its files, its report."""
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from tiny_queries import load_tiny_base, tiny_queries
 
 from examples.recovery import __main__ as program
+from examples.recovery import fit_cost
 from examples.recovery.report import write_report
 from examples.recovery.runs import KEY, read_runs, run
 from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
@@ -87,3 +89,9 @@ def test_the_program(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main()
     assert "--data DIR is needed" in capsys.readouterr().err
+
+
+def test_what_a_fit_costs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fit_cost", "--shape", "tiny", "--tokens", "600", "--device", "cpu"])
+    fit_cost.main()
+    assert re.search(r"shape tiny, float32, cpu: \d+ s for 600 tokens, .* The 4 blocks", capsys.readouterr().out)
