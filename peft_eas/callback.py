@@ -12,7 +12,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .injection.checks import first_layer_note
 from .model import EASModel
 from .search.choice import savings_of
 from .search.fitting import fit_in_trainer
@@ -231,10 +230,6 @@ class EASCallback(TrainerCallback, ExportableState):
         )
         self._reward_source = saved.get("reward_source")
         if search.is_searching:
-            eas = eas_of(model, type(self).__name__, "Trainer")
-            note = first_layer_note(eas.active_config, getattr(eas, "model", None), eas.candidates)
-            if note and state.global_step == 0 and state.is_world_process_zero:
-                logger.warning("EAS: %s", note)
             self._choose_rewards(trainer)
             if self._reward_source not in (None, self._reward_set.source):
                 raise ValueError(

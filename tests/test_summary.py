@@ -25,13 +25,8 @@ from transformers import TrainerCallback
 
 from peft_eas import EASCallback, EASConfig, eas_summary
 from peft_eas.architectures import find_mhas
-from peft_eas.export.exportable import CLASSES
 from peft_eas.reporting.provenance import origin
 
-NOTE = (
-    "vLLM's own DeciLM class needs the first layer's attention, which no other engine does. To export to it, "
-    'train with exclude_modules=["layers.0.self_attn"].'
-)
 FFN = 48
 BIASES = 2 * FFN + WIDTH
 TOKENS = 64
@@ -151,7 +146,6 @@ def test_the_whole_model_and_its_table():
             "Base model: 34,912 parameters, 98,112 FLOPs/token.",
             "Merged: 29,088 parameters, 69,440 FLOPs/token.",
             "FLOPs with 64 tokens to attend to. In parentheses: what skipping one more saves.",
-            NOTE,
         ]
     )
     assert [row.score for row in eas_summary(model.merge_and_unload()).rows] == [0.0, 0.25, 0.5, 0.75]
@@ -257,37 +251,6 @@ def test_the_total_counts_candidates_as_the_card_does(tmp_path):
         card = (tmp_path / kind / "README.md").read_text()
         assert f"| Attentions {fate} | 1 of 3 |" in card
         assert "| Attentions that were no candidates | 5 more, unchanged |" in card
-
-
-# --- the first layer's attention, which vLLM's own class needs -------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_a_search_that_may_skip_the_first_attention(family):
-    model = get_peft_model(build_model(family), EASConfig(num_skip=1))
-    assert str(eas_summary(model)).endswith(NOTE)
-    model.fix_skipped_modules(mha_names(family, [1]))
-    assert eas_summary(model).export_note is None
-    base = build_model(family)
-    model = get_peft_model(base, EASConfig(num_skip=1, exclude_modules=["layers.0.self_attn"]))
-    assert eas_summary(model).export_note is None
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert", "llava"])
-def test_a_model_that_no_export_takes(family):
-    assert eas_summary(make_eas(family, "cpu", [0], warm=False)).export_note is None
-
-
-def test_exports_take_what_the_note_is_for():
-    assert CLASSES == ("EASLlamaForCausalLM", "EASMistralForCausalLM", "EASQwen2ForCausalLM")
-
-
-@pytest.mark.parametrize("excluded", [None, ["layers.0.self_attn"]])
-def test_training_says_it_once_at_the_start(excluded, tmp_path, caplog):
-    config = EASConfig(task_type="CAUSAL_LM", num_skip=2, context="running", exclude_modules=excluded)
-    make_trainer(tmp_path, EASCallback(**SCHEDULE), get_peft_model(build_model("llama"), config), max_steps=16).train()
-    said = [record.getMessage() for record in caplog.records if "first layer" in record.getMessage()]
-    assert said == ([f"EAS: {NOTE}"] if excluded is None else [])
 
 
 # --- the other families ----------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from .row import Architecture, at_path, has_path, join
 from .table import (
     ARCHITECTURES,
-    EXPORTABLE,
     UNSUPPORTED,
     default_targets,
     find_mhas,
@@ -14,7 +13,6 @@ from .table import (
 
 __all__ = [
     "ARCHITECTURES",
-    "EXPORTABLE",
     "UNSUPPORTED",
     "Architecture",
     "at_path",

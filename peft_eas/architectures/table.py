@@ -19,9 +19,6 @@ ARCHITECTURES: dict[str, Architecture | Sequence[Architecture]] = {
     **encoder_decoders.ROWS,
 }
 
-# Models that other engines can run without some attentions; see `export`.
-EXPORTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-
 # Blocks that the method does not fit as it is, and why.
 UNSUPPORTED: dict[str, str] = {
     "DebertaV2Layer": "its key projection also reads the embeddings of relative positions, which an adapter at the "

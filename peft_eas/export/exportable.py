@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..architectures import EXPORTABLE
-
-CLASSES = tuple(f"EAS{name}" for name in EXPORTABLE)
+CLASSES = ("EASLlamaForCausalLM", "EASMistralForCausalLM", "EASQwen2ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import EXPORTABLE, has_path
+from ..architectures import has_path
 from ..config import EASConfig
 from ..folding.offloaded import execution_device
 from ..layers import AdaptedLayer, EASLayer, MHALayer
@@ -284,15 +284,3 @@ def check_not_offloaded(layers: Iterable[AdaptedLayer]) -> None:
                 "would keep an adapter. Load the base with a device_map that offloads nothing, such as 'cpu', and the "
                 "adapter on it, and merge there; or merge with a frozen context, whose adapters are folded."
             )
-
-
-def first_layer_note(config: EASConfig, model: nn.Module | None, candidates: Iterable[str]) -> str | None:
-    """What to change for vLLM's own class, where it takes the model but for a skip set that may hold the first MHA."""
-    first = "model.layers.0.self_attn"
-    searched = candidates if config.is_to_skip else ()
-    if type(model).__name__ not in EXPORTABLE or first not in (config.skipped_modules or searched):
-        return None
-    return (
-        "vLLM's own DeciLM class needs the first layer's attention, which no other engine does. To export to it, "
-        'train with exclude_modules=["layers.0.self_attn"].'
-    )

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Architecture, at_path, find_mhas, join
 from ..folding.fold import features
-from ..injection.checks import first_layer_note
 from ..injection.targets import block_width, matches
 from ..layers import AdaptedLayer, FFNLayer, MHALayer, OutputLayer
 from ..runtime.record import relative_name
@@ -160,9 +159,8 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
                 ffns_with_biases.add(part.ffn_name)
             rows.append(part.summarized(state, score, sum(map(size_of, adapters)), biases if adapters else 0))
     rows = [replace(row, fit_error=(config.fit_errors or {}).get(row.name)) for row in rows]
-    note = first_layer_note(config, model, [row.name for row in rows if row.state in ("skipped", "kept")])
     search = SearchResult.of(getattr(config, "search", None))
-    return _summary(model, rows, parts, size_of(model, added), note, search)
+    return _summary(model, rows, parts, size_of(model, added), search)
 
 
 def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
@@ -207,7 +205,6 @@ def _summary(
     rows: list[SummaryRow],
     parts: list[_MHA],
     size: int,
-    note: str | None = None,
     search: SearchResult | None = None,
 ) -> Summary:
     # A vision tower's tokens count for the whole only where nothing else has MHAs.
@@ -215,7 +212,7 @@ def _summary(
     images = [part.image_tokens for part in parts if part.image_tokens is not None]
     in_image = images[0] if images else None
     length = length or in_image or _CONTEXT_LENGTH
-    return Summary(rows, size, _flops(model, parts, rows), length, in_image, note, search)
+    return Summary(rows, size, _flops(model, parts, rows), length, in_image, search)
 
 
 def _before_merge(model: PreTrainedModel) -> PreTrainedModel:

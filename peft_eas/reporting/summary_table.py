@@ -59,7 +59,6 @@ class Summary:
         base_parameters, base_flops: of the whole base model; FLOPs per token.
         context_length: how many tokens a token attends to, as FLOPs are counted.
         image_tokens: the same in a vision tower of which the number is fixed, unless a context_length was given.
-        export_note: what an export of the model will need, or None.
         search: what the search found, or None.
     """
 
@@ -68,7 +67,6 @@ class Summary:
     base_flops: int
     context_length: int
     image_tokens: int | None = None
-    export_note: str | None = None
     search: SearchResult | None = None
 
     @property
@@ -129,7 +127,6 @@ class Summary:
         others = [row.state for row in self.rows if row not in self.candidates]
         states = ", ".join(f"{others.count(state)} {state}" for state in dict.fromkeys(others))
         more = [f"The total counts candidates; the other MHAs: {states}."] if others else []
-        more += [self.export_note] if self.export_note else []
         return "\n".join(
             [
                 *(table[0], ruler, *table[1:-2], ruler, table[-2], table[-1].rstrip(), ""),
