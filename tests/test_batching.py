@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import LAYERS, SKIPS, build_model, make_eas, make_inputs, skip_unless_stock_can
+from engines import seen
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 NEW = 8
@@ -58,6 +59,7 @@ def test_tokens_of_generate(family, skip):
     assert generate_batch(merged, family) == expected
     assert merged.config.to_dict() == before
     assert generate(merged, family) == expected  # the model is what it was
+    seen("continuous batching", family)
 
 
 @pytest.mark.parametrize("skip", ["first", "half", "last"])

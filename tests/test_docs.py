@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import docs_folder
+import engines
 import pytest
 import torch
 
@@ -327,3 +328,15 @@ def messages() -> list[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
+
+
+def test_the_table_of_engines(monkeypatch):
+    monkeypatch.setattr(engines, "_version", lambda package, variable: "1.0")
+    cells = [("MLX-LM", "llama", "yes"), ("MLX-LM", "bert", "It has no biases."), ("ONNX Runtime", "bert", "yes")]
+    lines = engines.table([*cells, ("MLX-LM", "bert", "yes")]).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert rows == [
+        *("| family | MLX-LM, 1.0 | ONNX Runtime, 1.0 |", "| --- | --- | --- |"),
+        *("| bert | no (1) | yes |", "| llama | yes |  |"),
+    ]
+    assert lines[-1] == "1. It has no biases."

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import add_eas, build_model, make_eas, mha_names
-from engines import interpreter, run_worker, vllm_jobs
+from engines import interpreter, run_worker, seen, vllm_jobs
 from peft import LoraConfig, get_peft_model
 from processes import run_alone
 from safetensors.torch import load_file
@@ -657,6 +657,17 @@ def test_refused_from_a_folder(case, tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "gpt2", "bert", "llava"])
+def test_families_that_no_layout_takes(family, tokenizer, tmp_path):
+    model = make_eas(family, "cpu", [1], "running").merge_and_unload()
+    for export in (lambda: to_decilm(model, tmp_path / "out"), lambda: to_gguf(model, tokenizer, tmp_path / "m.gguf")):
+        with pytest.raises(ValueError, match="does not fit DeciLM's layout"):
+            export()
+    assert list(tmp_path.iterdir()) == []
+    for engine in ("vLLM, DeciLM", "MLX-LM", "llama.cpp"):
+        seen(engine, family, "The export refuses it: it does not fit DeciLM's layout.")
+
+
 def test_folders_that_hold_no_merged_model(tokenizer, tmp_path):
     build(merge=False).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"holds an adapter, not a merged model.*PeftModel.from_pretrained\(\)"):
@@ -848,6 +859,7 @@ def test_other_models_in_vllm(name, tmp_path):
     model, prompts, expected = continued(name, (5, 17, 100), **WIDE)
     to_decilm(model, tmp_path / "out")
     assert ask_vllm(tmp_path / "out", prompts, 24) == expected
+    seen("vLLM, DeciLM", ALL[name][0])
 
 
 def test_a_deleted_first_attention_is_refused_in_vllm(tmp_path):
@@ -880,6 +892,8 @@ def test_other_models_in_mlx(tmp_path):
         size = 2 * 2 * 64 * 4 * (4 - len(ALL[name][1]))
         expected[name] = {"tokens": [], "continued": tokens, "bytes_per_token": size}
     assert dict(zip(names, ask_mlx(jobs, tmp_path), strict=True)) == expected
+    for family in {ALL[name][0] for name in names}:
+        seen("MLX-LM", family)
 
 
 def test_widths_that_mlx_does_not_have(tmp_path):
@@ -922,6 +936,7 @@ def test_tiny_models_in_llama_cpp(name, tokenizer, tmp_path):
     model, prompts, expected = continued(name, (5, 17, 40))
     to_gguf(model, tokenizer, tmp_path / "m.gguf")
     assert ask_llama_cpp(tmp_path, tmp_path / "m.gguf", prompts=prompts)["continued"] == expected
+    seen("llama.cpp", ALL[name][0])
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from conftest import SKIPS, build_model, difference, make_eas, make_inputs
+from engines import seen
 from processes import run_alone
 from transformers import DynamicCache
 
@@ -33,6 +34,7 @@ def test_onnx_by_torch(family, tmp_path):
             expected = merged(**inputs).logits
         actual = session.run(None, {name: value.numpy() for name, value in inputs.items()})  # one output
         assert difference(torch.from_numpy(actual[0]), expected) <= 1e-5
+    seen("ONNX Runtime", family)
 
 
 def export(model, name, **settings):

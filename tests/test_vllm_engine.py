@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engines import interpreter, run_worker, vllm_jobs
+from engines import interpreter, run_worker, seen, vllm_jobs
 from peft import get_peft_model
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -155,6 +155,7 @@ def test_tokens_and_cache_of_every_decoder(name, tmp_path):
     one = results[2]["bytes_per_token"]
     assert one > 0
     assert [result["bytes_per_token"] for result in results] == [2 * one, 3 * one, one]
+    seen("vLLM, transformers backend", row.build().config.model_type)
 
 
 # vLLM refuses the stock model, for a reason that is not ours.
@@ -200,6 +201,7 @@ def test_what_vllm_refuses_of_the_stock_model(name, tmp_path):
     stock, merged = run_worker(python, "vllm_worker.py", tmp_path / "jobs.json")
     assert reason in stock["error"]
     assert "error" in merged
+    seen("vLLM, transformers backend", row.build().config.model_type, f'The stock model, too: "… {reason} …".')
 
 
 def test_refusals_of_ours_reach_the_user(tmp_path):
@@ -262,6 +264,7 @@ def test_embeddings_of_encoders(name, tmp_path):
         with torch.no_grad():
             hidden = model(torch.tensor([prompt])).last_hidden_state[0, 0]
         assert torch.allclose(torch.tensor(embedding), nn.functional.normalize(hidden, dim=0), atol=1e-5)
+    seen("vLLM, transformers backend", name)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -318,6 +321,7 @@ def test_images(tmp_path):
     request = {"folder": folder, "prompts": [text] * 2, "images": pictures, "num_tokens": 12, "options": options}
     (result,) = vllm_jobs([request], tmp_path)
     assert result["tokens"] == expected
+    seen("vLLM, transformers backend", "llava")
 
 
 # --- a real model ----------------------------------------------------------------------------------------------------
