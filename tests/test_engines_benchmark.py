@@ -37,7 +37,7 @@ def test_figures_of_requests_at_once():
         asked.append((len(prompts), {len(prompt) for prompt in prompts}, num_tokens))
         return [[1.0 + i, 5.0, 6.0, 7.0] for i in range(len(prompts))]
 
-    process = SimpleNamespace(generate=generate, cache_tokens=25)
+    process = SimpleNamespace(generate=generate, fitting=lambda num_tokens: 25 // num_tokens)
     figures = measure(process, 2, SETTINGS, seed=0)
     assert asked == [(2, {6}, 4)]
     # 8 tokens in 7 s; behind the second request's first token, at 2 s, came 6.

@@ -72,7 +72,7 @@ def measure(process: EngineProcess, num_requests: int, arguments: argparse.Names
     last_first = max(seen[0] for seen in times)
     end = max(seen[-1] for seen in times)
     behind = sum(moment > last_first for seen in times for moment in seen)
-    fit = process.cache_tokens // (arguments.prompt + arguments.new)
+    fit = process.fitting(arguments.prompt + arguments.new)
     return {
         "first_token": times[0][0],
         "tokens_per_second": num_requests * arguments.new / end,

@@ -38,7 +38,11 @@ class EngineProcess:
                 text=True,
                 env={**environment, "OMP_NUM_THREADS": str(threads)},
             )
-        self.cache_tokens: int = self._answer()
+        self.num_pages, self.page_size = self._answer()
+
+    def fitting(self, num_tokens: int) -> int:
+        """How many requests of `num_tokens` each fit into the KV cache at once."""
+        return self.num_pages // -(-num_tokens // self.page_size)
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[float]]:
         """Seconds from the requests' arrival until each token of each."""

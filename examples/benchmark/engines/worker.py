@@ -1,7 +1,7 @@
 """An engine with one model, which generates when it is told to; run by an interpreter that has the engine.
 
-Usage: worker.py ENGINE MODEL OPTIONS, the options as JSON. It answers in lines of JSON: first how many tokens its KV
-cache holds; then, for each line {"prompts": lists of token ids, "num_tokens": n} that it reads, when the tokens came.
+Usage: worker.py ENGINE MODEL OPTIONS, the options as JSON. It answers in lines of JSON: first how many pages its KV
+cache has, and how many tokens of one request a page holds; then, for each line {"prompts": lists of token ids, "num_tokens": n} that it reads, when the tokens came.
 All prompts of a line are requests that arrive at once, and each is given all its n tokens.
 """
 
@@ -21,10 +21,10 @@ class Engine(Protocol):
     """What holds a model.
 
     Attributes:
-        cache_tokens: how many tokens of all requests together fit into the KV cache.
+        pages: of the KV cache, how many there are, and how many tokens each holds.
     """
 
-    cache_tokens: int
+    pages: tuple[int, int]
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[float]]:
         """When each token of each request came, in seconds of `time.perf_counter`."""
@@ -39,7 +39,7 @@ class VLLM:
         llm = LLM(model, trust_remote_code=True, enable_prefix_caching=False, **options)
         self.engine = llm.llm_engine
         cache = self.engine.vllm_config.cache_config
-        self.cache_tokens = cache.num_gpu_blocks * cache.block_size
+        self.pages = cache.num_gpu_blocks, cache.block_size
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[float]]:
         """As above."""
@@ -83,11 +83,11 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp does not load {model} with {options}.")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(self.BATCH, 0, 1)
-        self.cache_tokens = options["cache_tokens"]
+        self.pages = options["cache_tokens"], 1
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[float]]:
         """As above."""
-        at_once = self.cache_tokens // (max(map(len, prompts)) + num_tokens)
+        at_once = self.pages[0] // (max(map(len, prompts)) + num_tokens)
         times: list[list[float]] = []
         for start in range(0, len(prompts), at_once):
             times += self._together(prompts[start : start + at_once], num_tokens)
@@ -138,7 +138,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # engines print, too
     engine = ENGINES[name](model, json.loads(options))
-    print(json.dumps(engine.cache_tokens), file=answers)
+    print(json.dumps(engine.pages), file=answers)
     for line in sys.stdin:
         start = time.perf_counter()
         times = engine.generate(**json.loads(line))
