@@ -1,8 +1,9 @@
 """An engine with one model, which generates when it is told to; run by an interpreter that has the engine.
 
 Usage: worker.py ENGINE MODEL OPTIONS, the options as JSON. It answers in lines of JSON: first how many pages its KV
-cache has, and how many tokens of one request a page holds; then, for each line {"prompts": lists of token ids, "num_tokens": n} that it reads, when the tokens came.
-All prompts of a line are requests that arrive at once, and each is given all its n tokens.
+cache has, and how many tokens of one request a page holds; then, for each line {"prompts": lists of token ids,
+"num_tokens": n} that it reads, when the tokens came. All prompts of a line are requests that arrive at once, and each
+is given all its n tokens.
 """
 
 import ctypes
