@@ -57,7 +57,7 @@ def _cell(rounds: Sequence[Round], name: str, number: str, figure: str, digits: 
 
 
 def draw(rounds: Sequence[Round], variants: Sequence[str], numbers: Sequence[str], title: str, path: Path) -> None:
-    """Draws tokens per second by the number of requests at once; a ring is where the KV cache no longer holds all."""
+    """Draws tokens per second by the number of requests at once; a ring is where the KV cache does not hold all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,8 +81,8 @@ def draw(rounds: Sequence[Round], variants: Sequence[str], numbers: Sequence[str
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
+    panels[0].plot([], [], "o", color="black", markerfacecolor="white", label="some requests wait for the cache")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
     figure.suptitle(title.replace("; ", ";\n"), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
