@@ -48,7 +48,8 @@ RECORDED = ("strategy", "skipped_modules", "curve", "measured", "savings", "sche
 class EASCallback(TrainerCallback, ExportableState):
     """Runs the search, `EASSearch`, while Trainer trains.
 
-    A run goes through the phases "warm-up", "search" and "frozen", which `EASSearch` explains. With
+    Before the first step, adapters are fitted to stand for their MHAs (`fit_tokens`). The run then goes through the
+    phases "warm-up", "search" and "frozen", which `EASSearch` explains. With
     `freeze_context_at`, "tune" comes before the last, or is the last. Evaluation and checkpoints during the search see
     the best set so far, never one that was drawn, and each prompt's own context, never an annealed one; so they and a
     merge do after Ctrl+C or an exception, and `finish()` then ends the search. A checkpoint holds the state of the

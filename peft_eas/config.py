@@ -46,7 +46,8 @@ def _with_fields_explained(config_class: type) -> type:
 class EASConfig(PeftConfig):
     """Configuration of an [`EASModel`]: which MHAs may be skipped, how many, and what stands in their place.
 
-    Source: Wu et al., arXiv 2403.15226; the defaults are the released values for a width of 4096.
+    Source: Wu et al., arXiv 2403.15226; the defaults are the released values for a width of 4096, but for `output_r`,
+    which the paper does not have.
 
     Raises:
         ValueError: for a value out of range and for fields that contradict each other.
