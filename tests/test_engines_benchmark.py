@@ -107,10 +107,10 @@ def test_llama_cpp(tmp_path):
     out = tmp_path / "out"
     options = ("benchmark.engines", "--engine", "llama.cpp", "--python", python, *OPTIONS)
     for rounds in ("1", "2"):
-        printed = run(*options, rounds, "--cache-mib", "4", "--output-dir", str(out))
+        printed = run(*options, rounds, "--cache-mib", "16", "--output-dir", str(out))
         assert len(read_lines(out / "rounds.jsonl")) == int(rounds)
     # 30 attentions of 3 heads with 64 channels each, keys and values of 2 bytes; half of them deleted
     base, merged = (read_lines(out / "rounds.jsonl")[0]["figures"][name]["1"]["fit"] for name in ("base", "merged"))
-    assert (base, merged) == ((4 << 20) // 23_040 // 256 * 256 // 43, (4 << 20) // 11_520 // 256 * 256 // 43)
+    assert (base, merged) == ((16 << 20) // 23_040 // 256 * 256 // 43, (16 << 20) // 11_520 // 256 * 256 // 43)
     assert "| merged |" in printed
     assert json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["settings"]["dtype"] == "q8_0"

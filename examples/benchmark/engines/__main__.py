@@ -108,6 +108,8 @@ def run(numbers: range, settings: dict[str, Any], arguments: argparse.Namespace)
             options = engine_options(variant, arguments)
             process = EngineProcess(arguments.engine, variant, arguments.python, options, arguments.threads, log)
             processes.append(stack.enter_context(process))
+            if not process.fitting(arguments.prompt + arguments.new):
+                raise SystemExit(f"--cache-mib {arguments.cache_mib} has no room for one request: give it more.")
         for process in processes:  # warms up
             measure(process, max(arguments.requests), arguments, seed=-1)
         with tqdm(total=len(numbers) * len(arguments.requests) * len(processes), unit="run") as bar:

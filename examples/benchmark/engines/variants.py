@@ -35,14 +35,14 @@ class Variant:
 def write_variants(engine: str, load: Loader, num_skip: int, dtype: str, folder: Path) -> Iterator[Variant]:
     """Writes the variants into `folder`, the base first.
 
-    The adapters are untrained, and it is the last attentions but one that are skipped: neither matters for speed.
+    The adapters are untrained, and it is the last attentions but one that are skipped: neither matters for speed. For
+    llama.cpp the base has the biases that adapters at kept attentions leave, which cost next to nothing.
     """
     for name, number in (("base", 0), ("merged", num_skip)):
         model, tokenizer = load()
         if number or engine == "llama.cpp":  # the export to it takes merged models alone
-            ranks = {} if number else {"attention_r": 0}
             skipped = list(default_targets(model))[-1 - number : -1]
-            config = EASConfig(task_type="CAUSAL_LM", skipped_modules=skipped, context="running", **ranks)
+            config = EASConfig(task_type="CAUSAL_LM", skipped_modules=skipped, context="running")
             model = get_peft_model(model, config).merge_and_unload()
         width = round(cache_bytes_per_token(model, {"input_ids": torch.ones(1, 8, dtype=torch.long)}) / 4)
         path = folder / name
