@@ -846,7 +846,7 @@ def test_smollm2_in_vllm(smollm, tmp_path):
     interpreter("PEFT_EAS_VLLM_PYTHON")
     model, tokenizer, _, prompts, expected = smollm
     biases = [value for name, value in model.state_dict().items() if name.endswith("bias")]
-    assert len(biases) == 2 * 15 + 3 * 15
+    assert len(biases) == 3 * 15 + 3 * 15
     assert all(value.any() for value in biases)
     assert len(prompts) == 20
     to_decilm(model, tmp_path / "out", tokenizer)
