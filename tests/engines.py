@@ -62,7 +62,7 @@ def seen(engine: str, family: str, verdict: str = WORKS) -> None:
     path = os.environ.get("PEFT_EAS_ENGINE_TABLE")
     if path:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps([engine, family, verdict]) + "\n")
+            file.write(json.dumps([engine, family.removesuffix("_text"), verdict]) + "\n")
 
 
 def table(cells: list[tuple[str, str, str]]) -> str:
