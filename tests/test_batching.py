@@ -52,7 +52,10 @@ def cache_bytes(model):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_tokens_of_generate(family, skip):
     """In qwen2 and gemma3 every sliding attention is among half of them."""
-    skip_unless_stock_can(lambda: generate_batch(build_model(family), family))
+    base = build_model(family)
+    skip_unless_stock_can(lambda: generate_batch(base, family))
+    if generate_batch(base, family) != generate(base, family):
+        pytest.skip("this transformers gives the stock model other tokens")
     merged = merged_model(family, skip)
     before = copy.deepcopy(merged.config.to_dict())
     expected = generate(merged, family)

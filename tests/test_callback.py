@@ -231,7 +231,7 @@ def test_the_best_checkpoint_is_one_of_the_final_model(tmp_path, freeze_at, fina
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if ".up." in name and name.endswith("bias"):
-                        parameter.add_(0.2)
+                        parameter.add_(0.02 * state.global_step)
 
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     callback = EASCallback(**{**SCHEDULE, "freeze_context_at": freeze_at, "fit_tokens": 0})

@@ -80,6 +80,7 @@ def test_the_report_without_a_run(tmp_path):
 
 def test_the_program(monkeypatch, tmp_path, capsys):
     load = partial(tiny_task, monkeypatch)
+    monkeypatch.setattr(program.transformers.utils.logging, "set_verbosity_error", lambda: None)  # for other tests
     monkeypatch.setattr(program, "MODELS", {"minilm": program.Model(load, (1,))})
     argv = ["recovery", "--data", str(tmp_path), "--variants", "fit", "--seeds", "0", "--output-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
