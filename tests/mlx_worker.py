@@ -5,8 +5,6 @@ Usage: mlx_worker.py JOBS.json RESULT.json. A job has `folder`, `prompts`, lists
 `bytes_per_token` of the KV cache, and the `tokens` of the texts; or an `error`.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load, load_model
+from worker_jobs import answer
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -35,17 +34,5 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "continued": continued, "bytes_per_token": size}
 
 
-def main() -> None:
-    """Writes the result of each job; one that fails stops no other."""
-    jobs, path = sys.argv[1:]
-    results = []
-    for job in json.loads(Path(jobs).read_text()):
-        try:
-            results.append(run(job))
-        except Exception as error:
-            results.append({"error": f"{type(error).__name__}: {error}"})
-    Path(path).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    answer(run)

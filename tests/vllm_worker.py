@@ -6,12 +6,11 @@ has `tokens`, and `bytes_per_token` of the KV cache; or `embeddings`; or an `err
 """
 
 import gc
-import json
 import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
+
+from worker_jobs import answer
 
 # One process for all folders.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -62,22 +61,13 @@ def _bytes_per_token(llm: Any) -> float:
     return sum(spec.page_size_bytes / spec.block_size for spec in specs)
 
 
-def main() -> None:
-    """Writes the result of each job; one that fails stops no other."""
+def clean_up() -> None:
+    """Frees what the last model took."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    jobs, path = sys.argv[1:]
-    results = []
-    for job in json.loads(Path(jobs).read_text()):
-        try:
-            results.append(run(job))
-        except Exception as error:
-            traceback.print_exc()
-            results.append({"error": f"{type(error).__name__}: {error}"})
-        cleanup_dist_env_and_memory()
-        gc.collect()
-        Path(path).write_text(json.dumps(results))
+    cleanup_dist_env_and_memory()
+    gc.collect()
 
 
 if __name__ == "__main__":
-    main()
+    answer(run, clean_up)

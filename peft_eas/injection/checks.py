@@ -182,8 +182,11 @@ def output_rank(config: EASConfig, model: nn.Module, targets: Targets) -> int:
 
 def _output_projections(model: nn.Module, targets: Targets) -> dict[tuple[str, str], bool]:
     """Whether the projections that rows name are there, by their block's name and their path within."""
-    places = {(block, row.output_projection) for block, row in targets.values() if row.output_projection is not None}
-    return {(block, path): has_path(model.get_submodule(block), path) for block, path in sorted(places)}
+    return {
+        (block, row.output_projection): has_path(model.get_submodule(block), row.output_projection)
+        for block, row in targets.values()
+        if row.output_projection is not None
+    }
 
 
 def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:

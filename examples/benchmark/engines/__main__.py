@@ -89,11 +89,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     given = ("engine", "num_skip", "dtype", "prompt", "new", "cache_mib", "eager", "threads")
     settings = {**{name: getattr(arguments, name) for name in given}, "model": str(arguments.model or "SmolLM2-135M")}
-    rounds = [record for record in read_lines(folder / "rounds.jsonl") if record["settings"] == settings]
-    missing = range(len(rounds), arguments.rounds)
+
+    def rounds() -> list[dict[str, Any]]:
+        return [record for record in read_lines(folder / "rounds.jsonl") if record["settings"] == settings]
+
+    missing = range(len(rounds()), arguments.rounds)
     if missing:
         run(missing, settings, arguments)
-    write_report([record for record in read_lines(folder / "rounds.jsonl") if record["settings"] == settings], folder)
+    write_report(rounds(), folder)
     print((folder / "table.md").read_text())
 
 
