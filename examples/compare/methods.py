@@ -36,14 +36,14 @@ class Prepared:
     merge_options: dict[str, Any] = field(default_factory=dict)
 
 
-# The paper's: all methods have the same adapters, which begin as the identity.
-START = {"fit_tokens": 0}
+# The paper's adapters, of all methods but EAS as it comes: without output adapters, and the identity at first.
+PAPER = {"fit_tokens": 0}
 Method = Callable[[PreTrainedModel, Task, int, int], Prepared]
 
 
 def nothing_skipped(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """Adapters at all MHAs, of which none is skipped."""
-    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [EASCallback(**START)])
+    return Prepared(get_peft_model(base, EASConfig(num_skip=0, **task.eas)), [EASCallback(**PAPER)])
 
 
 def lora(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -64,8 +64,15 @@ def das(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared
 
 
 def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
-    """EAS with the default search, and the paper's adapters for what is skipped."""
-    return Prepared(get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas)), [default_search(task)])
+    """EAS as the library comes: also with output adapters, and a start from a fit."""
+    config = EASConfig(num_skip=num_skip, **{**task.eas, "output_r": None})
+    return Prepared(get_peft_model(base, config), [search_of("eas", task)])
+
+
+def eas_pia(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
+    """EAS with the library's search, and the paper's adapters for what is skipped."""
+    model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
+    return Prepared(model, [search_of("eas_pia", task)])
 
 
 def eas_bandit(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -89,7 +96,7 @@ def random_choice(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -
     """PIAs stand for MHAs drawn at random."""
     model = get_peft_model(base, EASConfig(num_skip=num_skip, **task.eas))
     model.base_model.fix_skipped_modules(random.Random(seed).sample(model.base_model.candidates, num_skip))
-    return Prepared(model, [EASCallback(**START)])
+    return Prepared(model, [EASCallback(**PAPER)])
 
 
 def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
@@ -103,12 +110,14 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
     )
     most_similar = sorted(similarities, key=similarities.get, reverse=True)[:num_skip]
     model.base_model.fix_skipped_modules(most_similar)
-    return Prepared(model, [EASCallback(**START)], time.perf_counter() - start)
+    return Prepared(model, [EASCallback(**PAPER)], time.perf_counter() - start)
 
 
-def default_search(task: Task) -> EASCallback:
-    """The library's search as it comes."""
-    return EASCallback(reward_dataset=task.reward, **START)
+def search_of(method: str, task: Task) -> EASCallback:
+    """The search of a method: the library's for those that take it as it comes, else the paper's."""
+    if method == "eas":
+        return EASCallback(reward_dataset=task.reward)
+    return EASCallback(reward_dataset=task.reward, **PAPER) if method == "eas_pia" else bandit_search(task)
 
 
 def bandit_search(task: Task, **settings: Any) -> EASCallback:
@@ -117,14 +126,25 @@ def bandit_search(task: Task, **settings: Any) -> EASCallback:
         reward_dataset=task.reward,
         strategy="bandit",
         interval=max(1, min(10, task.steps // 150)),
-        **START,
+        **PAPER,
         **settings,
     )
 
 
 METHODS: dict[str, Method] = {
     function.__name__: function
-    for function in (nothing_skipped, lora, das, cosine, random_choice, no_context, eas_prompt, eas_bandit, eas)
+    for function in (
+        nothing_skipped,
+        lora,
+        das,
+        cosine,
+        random_choice,
+        no_context,
+        eas_prompt,
+        eas_bandit,
+        eas_pia,
+        eas,
+    )
 }
 LABELS = {  # what tables call them
     "nothing_skipped": "adapters, nothing skipped",
@@ -135,6 +155,7 @@ LABELS = {  # what tables call them
     "no_context": "EAS, PIA without context",
     "eas_prompt": "EAS, each prompt's own context",
     "eas_bandit": "EAS, the paper's bandit",
+    "eas_pia": "EAS, the paper's adapters",
     "eas": "EAS",
 }
 SKIPS_NOTHING = ("nothing_skipped", "lora")

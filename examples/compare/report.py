@@ -18,6 +18,7 @@ STYLES = {  # from the palette of Okabe and Ito, which is told apart with any co
     "no_context": {"color": "#009E73", "marker": "P"},
     "eas_prompt": {"color": "#D55E00", "marker": "*"},
     "eas_bandit": {"color": "#0072B2", "marker": "o", "linestyle": ":"},
+    "eas_pia": {"color": "#0072B2", "marker": "o", "linestyle": "--"},
     "eas": {"color": "#0072B2", "marker": "o", "linewidth": 2.2, "zorder": 4},
 }
 

@@ -74,7 +74,7 @@ class _Meter:
         self.is_post_norm = row.kept_norm is not None
         self.mask: Any = None
         self.before: torch.Tensor | None = None
-        self.total = torch.zeros((), dtype=torch.float64)
+        self.total = torch.zeros(())
         self.count = 0
 
         block = model.get_submodule(candidate.block)
@@ -103,8 +103,8 @@ class _Meter:
 
     def _compare(self, module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        before = self.before.double()
-        behind = output.double() if self.is_post_norm else before + output.double()
+        before = self.before.float()
+        behind = output.float() if self.is_post_norm else before + output.float()
         similarities = F.cosine_similarity(before, behind, dim=-1)
         if self.mask is not None:
             mask = attended_tokens(self.mask, similarities.shape[-1])
