@@ -13,7 +13,20 @@ import transformers as T
 from engines import interpreter, run_worker, seen
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
-from vllm_models import DECODER, MIXED, SIZES, TOKEN_IDS, TOKENS, WINDOWED, Row, merge, save, without, word_tokenizer
+from vllm_models import (
+    DECODER,
+    GEMMA,
+    MIXED,
+    SIZES,
+    TOKEN_IDS,
+    TOKENS,
+    WINDOWED,
+    Row,
+    merge,
+    save,
+    without,
+    word_tokenizer,
+)
 
 ENGINE = "vLLM, transformers backend"
 NEW = 12
@@ -146,7 +159,7 @@ ONE_DIRECTION = {
         Row(
             "PaliGemmaForConditionalGeneration",
             lambda: T.PaliGemmaConfig(
-                text_config={**DECODER, "model_type": "gemma", "head_dim": 32},
+                text_config={**DECODER, **GEMMA, "model_type": "gemma"},
                 vision_config={**_SIGLIP, "model_type": "siglip_vision_model"},
                 image_token_index=TOKEN_IDS["<image>"],
                 projection_dim=64,
