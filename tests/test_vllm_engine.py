@@ -15,6 +15,8 @@ from torch import nn
 from vllm_models import (
     DECODER,
     GEMMA,
+    GEMMA3,
+    LLAMA,
     MIXED,
     SIZES,
     TOKENS,
@@ -38,7 +40,7 @@ _DEEPSEEK = {
     **{"first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
 }
 FAMILIES = {
-    "llama": Row("LlamaForCausalLM", lambda: T.LlamaConfig(**DECODER)),
+    "llama": LLAMA,
     "llama, tied": Row("LlamaForCausalLM", lambda: T.LlamaConfig(**DECODER, tie_word_embeddings=True)),
     "mistral": Row("MistralForCausalLM", lambda: T.MistralConfig(**DECODER, sliding_window=WINDOW)),
     "qwen2": Row(
@@ -49,7 +51,7 @@ FAMILIES = {
     "smollm3": Row("SmolLM3ForCausalLM", lambda: T.SmolLM3Config(**DECODER, no_rope_layer_interval=2)),
     "gemma": Row("GemmaForCausalLM", lambda: T.GemmaConfig(**DECODER, **GEMMA)),
     "gemma2": Row("Gemma2ForCausalLM", lambda: T.Gemma2Config(**DECODER, **WINDOWED)),
-    "gemma3": Row("Gemma3ForCausalLM", lambda: T.Gemma3TextConfig(**DECODER, **WINDOWED, layer_types=MIXED)),
+    "gemma3": GEMMA3,
     # With more spread, as random output adapters in front of its norms would have it say few tokens.
     "olmo2": Row("Olmo2ForCausalLM", lambda: T.Olmo2Config(**{**DECODER, "initializer_range": 0.3})),
     "phi3": Row("Phi3ForCausalLM", lambda: T.Phi3Config(**DECODER)),
@@ -141,7 +143,7 @@ def test_what_vllm_refuses_of_the_stock_model(name, tmp_path):
 
 def test_refusals_of_ours_reach_the_user(tmp_path):
     python = interpreter("PEFT_EAS_VLLM_PYTHON")
-    row = FAMILIES["llama"]
+    row = LLAMA
     names = [f"model.layers.{i}.self_attn" for i in (0, 2)]
     config = EASConfig(task_type="CAUSAL_LM", skipped_modules=names, context="prompt", init_weights=False)
     prompted = get_peft_model(row.build(), config).merge_and_unload(context="prompt")
@@ -158,16 +160,15 @@ def test_refusals_of_ours_reach_the_user(tmp_path):
 
 
 def test_ways_to_run(tmp_path):
-    """Compiled; in chunks and with a cache of prefixes; and without being told which implementation to take."""
+    """Compiled; and without being told which implementation to take."""
     interpreter("PEFT_EAS_VLLM_PYTHON")
-    model = merge(FAMILIES["gemma3"], [0, 2])
+    model = merge(GEMMA3, [0, 2])
     jobs = [
         job(model, tmp_path / "m", enforce_eager=False),
-        job(model, tmp_path / "m", max_num_batched_tokens=32, enable_chunked_prefill=True, enable_prefix_caching=True),
         job(model, tmp_path / "m", model_impl="auto"),
     ]
     results = vllm_jobs(jobs, tmp_path)
-    assert [result["tokens"] for result in results] == [tokens(model)] * 3
+    assert [result["tokens"] for result in results] == [tokens(model)] * 2
 
 
 def test_tensor_parallel(tmp_path):

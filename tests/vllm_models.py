@@ -55,6 +55,10 @@ class Row:
         return model.eval()
 
 
+LLAMA = Row("LlamaForCausalLM", lambda: transformers.LlamaConfig(**DECODER))
+GEMMA3 = Row("Gemma3ForCausalLM", lambda: transformers.Gemma3TextConfig(**DECODER, **WINDOWED, layer_types=MIXED))
+
+
 def merge(row: Row, skip: list[int], task_type: str | None = "CAUSAL_LM") -> PreTrainedModel:
     """The model of a row without the attentions of the layers `skip`, with adapters folded that change every token."""
     names = get_peft_model(row.build(), EASConfig(num_skip=0, task_type=task_type)).base_model.candidates
