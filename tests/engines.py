@@ -88,8 +88,8 @@ def table(cells: list[tuple[str, str, str]]) -> str:
 _HEAD = """# Engines
 
 What the tests saw of merged models, a tiny one of each family: yes, the engine gives the tokens of `transformers`, or
-of encoders the embeddings or logits; no, it refuses them. An empty cell was not tried. How each is used:
-[Serving](serving.md).
+of encoders the embeddings or logits; no, it does not, for the reason below. An empty cell was not tried. How each is
+used: [Serving](serving.md).
 
 <!-- Written by tests/engines.py; see there. -->
 """

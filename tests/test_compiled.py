@@ -1,5 +1,7 @@
 """A base that is compiled: in place it is as any other; one that torch.compile has wrapped is refused by name."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import (
@@ -15,7 +17,9 @@ from conftest import (
 )
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
+
+NEW = 6  # with a prompt of 9 tokens more than twice the sliding window
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +75,34 @@ def test_the_remedies(family, where, tmp_path):
     assert difference(logits(merged, inputs), expected) <= 1e-5
     merged.save_pretrained(tmp_path)
     assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), expected) <= 1e-5
+
+
+def generate_compiled(model: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, int]:
+    """Tokens by a static cache, each step of which is one graph without a break, and the number of graphs."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True  # by itself generate() compiles on accelerators alone
+    options = {"cache_implementation": "static", "compile_config": config}
+    return model.generate(**inputs, **options, max_new_tokens=NEW, do_sample=False), len(graphs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_generation_with_a_static_cache(family):
+    """As many graphs as of the stock model: one, or another one for when a sliding window is full."""
+    inputs = make_inputs(family, "cpu", length=9)
+    of_stock = []
+    skip_unless_stock_can(lambda: of_stock.append(generate_compiled(build_model(family), inputs)))
+    ((_, expected_graphs),) = of_stock
+    assert expected_graphs == {"llama": 1, "gemma3": 2}[family]
+    for skip in ("half", "all"):
+        merged = make_eas(family, "cpu", SKIPS[skip], "running").merge_and_unload().eval()
+        expected = merged.generate(**inputs, max_new_tokens=NEW, do_sample=False, disable_compile=True)
+        tokens, graphs = generate_compiled(merged, inputs)
+        assert torch.equal(tokens, expected)
+        assert graphs == expected_graphs

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SKIPS, build_model, difference, make_eas, make_inputs
 from engines import seen
+from families import ARCHITECTURES, make
 from processes import run_alone
 from transformers import DynamicCache
 
@@ -17,19 +18,22 @@ def merged_model(family):
     return make_eas(family, "cpu", SKIPS["half"], "running").merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["bert", "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gemma2", "gemma3"]
+)
 def test_onnx_by_torch(family, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     runtime = pytest.importorskip("onnxruntime")
-    merged = merged_model(family)
+    row = ARCHITECTURES[family]
+    merged = make(row, "some").merge_and_unload().eval()
     merged.config.use_cache = False
-    example, path = make_inputs(family, "cpu"), str(tmp_path / "model.onnx")
+    example, path = row.make_inputs(), str(tmp_path / "model.onnx")
     axes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in example}
     torch.onnx.export(merged, (), path, kwargs=example, dynamic_shapes=axes, dynamo=True, verbose=False)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch, length in ((2, 9), (3, 13)):
-        inputs = make_inputs(family, "cpu", batch=batch, length=length, seed=5)
+        inputs = row.make_inputs(batch=batch, length=length, seed=5)
         with torch.no_grad():
             expected = merged(**inputs).logits
         actual = session.run(None, {name: value.numpy() for name, value in inputs.items()})  # one output

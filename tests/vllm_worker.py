@@ -1,8 +1,9 @@
 """What vLLM makes of folders; run by the tests with an interpreter that has vLLM.
 
 Usage: vllm_worker.py JOBS.json RESULT.json. A job has `folder`, `options` of vLLM's `LLM`, and what to ask it:
-`prompts`, lists of token ids, or texts with their `images`, and `num_tokens`; or `embed`, lists of token ids. A result
-has `tokens`, and `bytes_per_token` of the KV cache; or `embeddings`; or an `error`.
+`prompts`, lists of token ids, or texts with their `images`, and `num_tokens`, perhaps with a `lora`, the folder of an
+adapter; or `embed`, lists of token ids. A result has `tokens`, `bytes_per_token` of the KV cache and how many tokens
+of each prompt were `cached`; or `embeddings`; or an `error`.
 """
 
 import gc
@@ -26,6 +27,7 @@ _DEFAULTS = {
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The result of a job that fails with no error."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     has_tokenizer = bool(list(Path(job["folder"]).glob("tokenizer*")))
     options = {**_DEFAULTS, "skip_tokenizer_init": not has_tokenizer, **job.get("options", {})}
@@ -36,9 +38,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0.0, max_tokens=job["num_tokens"])
     images = job.get("images") or [None] * len(job["prompts"])
     requests = [_request(*pair) for pair in zip(job["prompts"], images, strict=True)]
-    outputs = llm.generate(requests, sampling, use_tqdm=False)
+    lora = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
+    outputs = llm.generate(requests, sampling, use_tqdm=False, lora_request=lora)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    return {"tokens": tokens, "bytes_per_token": _bytes_per_token(llm)}
+    cached = [output.num_cached_tokens for output in outputs]
+    return {"tokens": tokens, "bytes_per_token": _bytes_per_token(llm), "cached": cached}
 
 
 def _request(prompt: str | list[int], image: str | None) -> dict[str, Any]:
