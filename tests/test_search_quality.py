@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import build_model
+from peft import get_peft_model
 from tiny_queries import load_tiny_base, tiny_queries
 from transformers.utils import logging
 
@@ -25,6 +26,7 @@ from examples.search_quality.runs import KEY, read_runs, read_scores, run, score
 from examples.search_quality.smollm2 import read_text
 from examples.shared import minilm
 from examples.shared.json_lines import read_lines
+from peft_eas import EASConfig, fit_adapters
 
 COSTS = (2.0, 0.02, 0.5, 0.01, 0.3, 0.04)  # of the log loss, by candidate
 NUM_SEARCH, NUM_HELD_OUT = 6, 2
@@ -91,6 +93,17 @@ def test_a_models_loss_is_that_without_the_attentions(tmp_path: Path) -> None:
     assert problem.score((0, 2)) == pytest.approx((expected[1] + expected[2]) / 2, abs=2e-6)
     assert problem.loss((), 0) != problem.loss((0, 2), 0)
     assert len(problem.similarities) == len(problem.candidates) == 4
+
+
+def test_fitted_adapters_stand_for_what_is_dropped(tmp_path: Path) -> None:
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.arange(1, 49).view(3, 2, 8)]
+    expected = get_peft_model(build_model("llama").eval(), EASConfig(num_skip=1, attention_r=0, context="none"))
+    fit_adapters(expected.eval(), batches[:2])
+    expected.base_model.set_skipped_modules([expected.base_model.candidates[index] for index in (0, 2)])
+    base = build_model("llama").eval()
+    problem = problem_of(base, batches, 2, tmp_path / "losses.jsonl", {}, True, task_type="CAUSAL_LM")
+    with torch.no_grad():
+        assert problem.loss((0, 2), 2) == pytest.approx(expected(**batches[2]).loss.item(), rel=1e-4)
 
 
 # --- methods -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@
     python -m examples.search_quality --report                   # only table and picture, from the finished runs
 
 The parts are `smollm2`, a language model without any training, of whose 30 attentions 8, 12 or 15 are dropped;
-`minilm` and `meter`, models so small that every set of their 6 and 8 candidates is tried, so that one knows the best;
-and `tuned`, in which MiniLM is tuned with what a search finds on the way, and with every set. A score is the mean loss
-on batches that no search has seen.
+`smollm2-fitted`, the same with fitted adapters in the place of 12, 15 or 20; `minilm` and `meter`, models so small
+that every set of their 6 and 8 candidates is tried, so that one knows the best; and `tuned`, in which MiniLM is tuned
+with what a search finds on the way, and with every set. A score is the mean loss on batches that no search has seen.
 
 All losses, runs and scores are kept in --output-dir, as lines of JSON. What is there is not computed again, and
 methods share the losses. table.md and loss_against_evaluations.png are written anew after every part.
@@ -45,11 +45,18 @@ class Part:
 
 PROBLEMS = {
     "smollm2": Part(lambda args: smollm2.problem(args.data, args.output_dir), smollm2.NUM_SKIP, range(3), False),
+    "smollm2-fitted": Part(
+        lambda args: smollm2.problem(args.data, args.output_dir, is_fitted=True),
+        smollm2.NUM_SKIP_FITTED,
+        range(3),
+        False,
+    ),
     "minilm": Part(lambda args: minilm.problem(args.banking77, args.output_dir), minilm.NUM_SKIP, range(10), True),
     "meter": Part(lambda args: meter.problem(args.output_dir), meter.NUM_SKIP, range(10), True),
 }
 PARTS = (*PROBLEMS, "tuned")
-DATA = {"smollm2": "data", "minilm": "banking77", "tuned": "banking77"}  # the argument that a part needs
+# The argument that a part needs.
+DATA = {"smollm2": "data", "smollm2-fitted": "data", "minilm": "banking77", "tuned": "banking77"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="ScienceQA's folder, with problems.json")
     parser.add_argument("--banking77", type=Path, metavar="DIR", help="BANKING77's folder, with train.csv")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, help="of the methods (default: 3 for smollm2, 10 elsewhere)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the methods (default: 3 for SmolLM2, 10 elsewhere)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/search_quality"))
     parser.add_argument("--report", action="store_true", help="run nothing")

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from examples.shared.json_lines import append_line, read_lines
-from peft_eas import EASConfig, attention_similarities
+from peft_eas import EASConfig, attention_similarities, fit_adapters
 
 CALIBRATION_BATCHES = 8  # of the search's, for the cosine similarities
 Set = tuple[int, ...]
@@ -88,17 +88,23 @@ def problem_of(
     num_search: int,
     file: Path,
     settings: dict[str, Any],
+    is_fitted: bool = False,
     **eas: Any,
 ) -> Problem:
-    """The problem of what `base` loses, as it is, by attentions that are dropped: untrained adapters are the identity.
+    """The problem of what `base` loses, without any training, by attentions that are dropped.
 
     Args:
-        batches: with labels; the first `num_search` are for searches. eas: further arguments of `EASConfig`.
+        batches: with labels; the first `num_search` are for searches. is_fitted: whether the library's adapters stand
+            for what is dropped, fitted to the search's batches; otherwise nothing does. eas: further arguments of
+            `EASConfig`.
     """
-    config = EASConfig(num_skip=1, r=1, groups=1, paths=1, attention_r=0, output_r=0, context="none", **eas)
+    identity = {"r": 1, "groups": 1, "paths": 1, "output_r": 0}
+    config = EASConfig(num_skip=1, attention_r=0, context="none", **({} if is_fitted else identity), **eas)
     model = get_peft_model(base, config).eval()
     names = model.base_model.candidates
     similarities = attention_similarities(model, batches[: min(CALIBRATION_BATCHES, num_search)])
+    if is_fitted:
+        fit_adapters(model, batches[:num_search])
 
     @torch.no_grad()
     def measure(skipped: Set, batch: int) -> float:
