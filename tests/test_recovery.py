@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from scienceqa_data import write_llm, write_many
 from tiny_queries import load_tiny_base, tiny_queries
 
 from examples.recovery import __main__ as program
-from examples.recovery import fit_cost
+from examples.recovery import fit_cost, scienceqa
 from examples.recovery.report import write_report
 from examples.recovery.runs import KEY, read_runs, run
 from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
@@ -38,6 +39,18 @@ def test_every_variant_is_tuned_once_and_with_the_same_set_unless_it_searches(mo
     assert len({record["loss"] for record in by_name.values()}) == len(VARIANTS)
     run(task, [1, 2], list(VARIANTS), [0], tmp_path)
     assert read_runs(tmp_path) == records
+
+
+def test_scienceqa_without_its_test_problems(monkeypatch, tmp_path):
+    monkeypatch.setattr(scienceqa, "LOADING", {"llm": str(write_llm(tmp_path / "llm"))})
+    monkeypatch.setattr(scienceqa, "MAX_TOKENS", 250)
+    task = scienceqa.scienceqa_task(write_many(tmp_path / "data", num_val=12), steps=2, batch_size=4)
+    problems = task.test.problems
+    assert {problem.id for problem in problems} < {str(100 + i) for i in range(24, 36)}
+    run(task, [2], ["fit, output adapter"], [0], tmp_path)
+    for one in read_runs(tmp_path):
+        assert one["accuracy"] * len(problems) == pytest.approx(round(one["accuracy"] * len(problems)), abs=1e-3)
+        assert 0 < one["loss"] < 10
 
 
 def record(variant: str, accuracy: float, seed: int = 0, num_skip: int = 2) -> dict:
@@ -89,7 +102,7 @@ def test_the_program(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["recovery"])
     with pytest.raises(SystemExit):
         program.main()
-    assert "--data DIR is needed" in capsys.readouterr().err
+    assert "--data DIR is needed for minilm" in capsys.readouterr().err
 
 
 def test_what_a_fit_costs(monkeypatch, capsys):

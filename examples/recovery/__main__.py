@@ -2,11 +2,13 @@
 
     python -m examples.recovery --data BANKING77                     # MiniLM, three seeds; stop and start it at will
     python -m examples.recovery --data BANKING77 --models smollm2 --seeds 0
+    python -m examples.recovery --scienceqa SCIENCEQA --models smollm2-scienceqa --seeds 0
     python -m examples.recovery --report                             # only table and picture, from the finished runs
 
 A model is tuned with the same attentions skipped from the start, those that change least what passes them, for each of
 the variants in variants.py: same steps, same data, same seeds. The models are `minilm`, all-MiniLM-L6-v2 (6
-attentions) as a classifier of a bank's queries, and `smollm2`, SmolLM2-135M (30), which writes the query's intent.
+attentions) as a classifier of a bank's queries; `smollm2`, SmolLM2-135M (30), which writes the query's intent; and
+`smollm2-scienceqa`, the same, which names the letter of the right choice.
 
 Each run is a line of runs.jsonl in --output-dir, and not made again. table.md and accuracy.png are written anew at the
 end.
@@ -22,6 +24,7 @@ import transformers
 
 from examples.recovery.report import write_report
 from examples.recovery.runs import run
+from examples.recovery.scienceqa import scienceqa_task
 from examples.recovery.variants import VARIANTS
 from examples.shared.banking77 import banking77
 from examples.shared.minilm import load_queries, minilm_task
@@ -34,11 +37,13 @@ class Model:
     """A model of the ablation.
 
     Attributes:
-        load: makes the task, given BANKING77's folder and the output folder. sizes: numbers of attentions to skip.
+        load: makes the task, given the data's folder and the output folder. sizes: numbers of attentions to skip.
+        data: the argument that names the data's folder.
     """
 
     load: Callable[[Path, Path], Task]
     sizes: Sequence[int]
+    data: str = "data"
 
 
 def _minilm(data: Path, folder: Path) -> Task:
@@ -49,12 +54,21 @@ def _smollm2(data: Path, folder: Path) -> Task:
     return banking77(data, *load_smollm2(), num_test=300, validate=True, steps=200, batch_size=16)
 
 
-MODELS = {"minilm": Model(_minilm, (3, 4)), "smollm2": Model(_smollm2, (15, 22))}
+def _scienceqa(data: Path, folder: Path) -> Task:
+    return scienceqa_task(data)
+
+
+MODELS = {
+    "minilm": Model(_minilm, (3, 4)),
+    "smollm2": Model(_smollm2, (15, 22)),
+    "smollm2-scienceqa": Model(_scienceqa, (15, 22), "scienceqa"),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="DIR", help="BANKING77's folder, with train.csv")
+    parser.add_argument("--scienceqa", type=Path, metavar="DIR", help="ScienceQA's folder, with problems.json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--num-skip", nargs="+", type=int, help="(default: half, and more)")
@@ -63,8 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/recovery"))
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    if arguments.data is None and not arguments.report:
-        parser.error("--data DIR is needed, the folder of BANKING77; or --report")
+    for name in () if arguments.report else arguments.models:
+        if getattr(arguments, MODELS[name].data) is None:
+            parser.error(f"--{MODELS[name].data} DIR is needed for {name}; or --report")
     return arguments
 
 
@@ -77,7 +92,7 @@ def main() -> None:
     for name in () if arguments.report else arguments.models:
         model = MODELS[name]
         sizes = arguments.num_skip or model.sizes
-        run(model.load(arguments.data, folder), sizes, arguments.variants, arguments.seeds, folder)
+        run(model.load(getattr(arguments, model.data), folder), sizes, arguments.variants, arguments.seeds, folder)
     write_report(folder)
     print((folder / "table.md").read_text())
 

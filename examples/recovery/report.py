@@ -10,7 +10,11 @@ from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
 from examples.shared.measure import markdown_table
 
 FIRST = next(iter(VARIANTS))
-MODELS = {"minilm-banking77": "all-MiniLM-L6", "banking77": "SmolLM2-135M"}  # by the task's name
+MODELS = {  # by the task's name
+    "minilm-banking77": "all-MiniLM-L6",
+    "banking77": "SmolLM2-135M",
+    "scienceqa": "SmolLM2-135M, ScienceQA",
+}
 Group = tuple[str, int]  # a model and a number of skipped attentions
 
 
