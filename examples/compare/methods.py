@@ -65,7 +65,7 @@ def das(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared
 
 def eas(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepared:
     """EAS as the library comes: also with output adapters, and a start from a fit."""
-    config = EASConfig(num_skip=num_skip, **{**task.eas, "output_r": None})
+    config = EASConfig(num_skip=num_skip, **adapters_of("eas", task))
     return Prepared(get_peft_model(base, config), [search_of("eas", task)])
 
 
@@ -113,8 +113,13 @@ def cosine(base: PreTrainedModel, task: Task, num_skip: int, seed: int) -> Prepa
     return Prepared(model, [EASCallback(**PAPER)], time.perf_counter() - start)
 
 
+def adapters_of(method: str, task: Task) -> dict[str, Any]:
+    """What `EASConfig` is given of the adapters: the task's, which are the paper's, and for EAS as it comes more."""
+    return {**task.eas, "output_r": None} if method == "eas" else task.eas
+
+
 def search_of(method: str, task: Task) -> EASCallback:
-    """The search of a method: the library's for those that take it as it comes, else the paper's."""
+    """The search of a method: the library's for `eas` and `eas_pia`, else the paper's."""
     if method == "eas":
         return EASCallback(reward_dataset=task.reward)
     return EASCallback(reward_dataset=task.reward, **PAPER) if method == "eas_pia" else bandit_search(task)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 import peft_eas
-from examples.compare.methods import METHODS, search_of
+from examples.compare.methods import METHODS, adapters_of, search_of
 from examples.shared.measure import cache_bytes_per_token, generates, num_parameters, on_device, speed_up, time_models
 from examples.shared.task import Task, tune
 from peft_eas import EASConfig
@@ -45,7 +45,8 @@ def count_mhas(task: Task) -> int:
 def settings_of(task: Task, method: str) -> dict[str, Any]:
     """What else a run depends on, as values for JSON."""
     search = search_of(method, task).state()["args"]
-    return {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "eas": task.eas, "search": search}
+    eas = adapters_of(method, task)
+    return {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "eas": eas, "search": search}
 
 
 def run(task: Task, num_mhas: int, method: str, share: float, seed: int, rounds: int) -> dict[str, Any]:

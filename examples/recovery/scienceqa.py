@@ -33,8 +33,8 @@ def scienceqa_task(folder: Path, **settings: int | float) -> Task:
         return [problem for problem, length in zip(problems, lengths) if length <= MAX_TOKENS]
 
     validation = short("val")
-    reward = validation[::3]
-    parts = {"train": short("train"), "reward": reward, "test": [one for one in validation if one not in reward]}
+    held_out = [problem for index, problem in enumerate(validation) if index % 3]
+    parts = {"train": short("train"), "reward": validation[::3], "test": held_out}
     sizes = {"steps": 200, "batch_size": 8, "learning_rate": 2e-3, "attention_r": 16, **settings}
     task = make_task(parts, LOADING, processor, prompt_format=FORMAT, max_length=MAX_TOKENS, **sizes)
 
