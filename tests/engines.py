@@ -22,21 +22,30 @@ def interpreter(variable: str) -> str:
     return os.environ[variable]
 
 
+def own_environment(**variables: str) -> dict[str, str]:
+    """The variables of another interpreter's process: this one's, but for where its packages are, and `variables`."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables
+
+
 def run_worker(python: str, worker: str, *arguments: str | Path) -> Any:
     """Runs a script beside this one, without this environment's packages, and returns what it has written."""
     result = Path(arguments[0]).with_name("result.json")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [python, str(Path(__file__).with_name(worker)), *map(str, arguments), str(result)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())
 
 
-def vllm_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """What vllm_worker.py makes of the jobs, each of which must go well; its files go into `folder`."""
+def vllm_results(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """What vllm_worker.py makes of the jobs, which may be an error; its files go into `folder`."""
     python = interpreter("PEFT_EAS_VLLM_PYTHON")
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    results = run_worker(python, "vllm_worker.py", folder / "jobs.json")
+    return run_worker(python, "vllm_worker.py", folder / "jobs.json")
+
+
+def vllm_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The same of jobs each of which must go well."""
+    results = vllm_results(jobs, folder)
     errors = [(job["folder"], result["error"]) for job, result in zip(jobs, results) if "error" in result]
     assert not errors, errors
     return results

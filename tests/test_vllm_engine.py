@@ -3,13 +3,11 @@
 They run where PEFT_EAS_VLLM_PYTHON names an interpreter that has vLLM; it needs nothing of this package.
 """
 
-import json
-
 import merged_smollm2
 import pytest
 import torch
 import transformers as T
-from engines import interpreter, run_worker, seen, vllm_jobs
+from engines import interpreter, seen, vllm_jobs, vllm_results
 from peft import get_peft_model
 from torch import nn
 from vllm_models import (
@@ -131,29 +129,26 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_vllm_refuses_of_the_stock_model(name, tmp_path):
-    python = interpreter("PEFT_EAS_VLLM_PYTHON")
+    interpreter("PEFT_EAS_VLLM_PYTHON")
     row, reason = REFUSED[name]
     jobs = [job(row.build(), tmp_path / "stock"), job(merge(row, [0, 2], task_type=None), tmp_path / "merged")]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    stock, merged = run_worker(python, "vllm_worker.py", tmp_path / "jobs.json")
+    stock, merged = vllm_results(jobs, tmp_path)
     assert reason in stock["error"]
     assert "error" in merged
     seen("vLLM, transformers backend", row.build().config.model_type, f'The stock model, too: "… {reason} …".')
 
 
 def test_refusals_of_ours_reach_the_user(tmp_path):
-    python = interpreter("PEFT_EAS_VLLM_PYTHON")
-    row = LLAMA
+    interpreter("PEFT_EAS_VLLM_PYTHON")
     names = [f"model.layers.{i}.self_attn" for i in (0, 2)]
     config = EASConfig(task_type="CAUSAL_LM", skipped_modules=names, context="prompt", init_weights=False)
-    prompted = get_peft_model(row.build(), config).merge_and_unload(context="prompt")
-    everything = merge(row, [0, 1, 2, 3])
+    prompted = get_peft_model(LLAMA.build(), config).merge_and_unload(context="prompt")
+    everything = merge(LLAMA, [0, 1, 2, 3])
     latent = merge(FAMILIES["deepseek_v3"], [0])
     jobs = [
         job(model, tmp_path / name) for name, model in (("prompt", prompted), ("all", everything), ("mla", latent))
     ]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    prompted, nothing_left, latent = run_worker(python, "vllm_worker.py", tmp_path / "jobs.json")
+    prompted, nothing_left, latent = vllm_results(jobs, tmp_path)
     assert "hf_overrides={'model_type': 'deepseek_v3'}" in latent["error"]
     assert 'merged with context="prompt"' in prompted["error"]
     assert "All attentions of this model are deleted" in nothing_left["error"]

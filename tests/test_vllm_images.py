@@ -1,6 +1,5 @@
 """Merged models that see images, whose text model alone is skipped, in vLLM's backend for transformers' models."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
-from engines import interpreter, run_worker, seen
+from engines import interpreter, seen, vllm_results
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 from vllm_models import (
@@ -215,8 +214,7 @@ def in_vllm(models: list[PreTrainedModel], family: Family, images: list[str], fo
         family.processor().save_pretrained(path)
         asked = {"prompts": [family.text_in_vllm or family.text] * len(images), "images": images, "num_tokens": NEW}
         jobs.append({"folder": path, **asked, "options": {"model_impl": "transformers"}})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    return run_worker(interpreter("PEFT_EAS_VLLM_PYTHON"), "vllm_worker.py", folder / "jobs.json")
+    return vllm_results(jobs, folder)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,7 +1,6 @@
 """What is done with a merged folder in vLLM's backend: prefixes kept, prompts in chunks, LoRA, quantised, a server."""
 
 import json
-import os
 import socket
 import subprocess
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import merged_smollm2
 import pytest
 import torch
-from engines import interpreter, vllm_jobs
+from engines import interpreter, own_environment, vllm_jobs
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -116,10 +115,6 @@ main(parser.parse_args())
 """
 
 
-def _environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | _ENVIRONMENT
-
-
 def saved(folder: Path) -> PreTrainedModel:
     """A merged model, written with the tokenizer that a server asks for."""
     model = merge(LLAMA, [0, 2])
@@ -137,7 +132,7 @@ def served(folder: Path):
     command += ["--served-model-name", "merged", "--max-model-len", "512", "--host", "127.0.0.1", "--port", port]
     log = folder.with_name("server.log")
     with log.open("w") as file:
-        server = subprocess.Popen(command, env=_environment(), stdout=file, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env=own_environment(**_ENVIRONMENT), stdout=file, stderr=subprocess.STDOUT)
         try:
             end, url = time.monotonic() + 400, f"http://127.0.0.1:{port}"
             while True:
@@ -174,7 +169,7 @@ def test_the_benchmark_of_throughput(tmp_path):
     saved(tmp_path / "m")
     sizes = ["--dataset-name", "random", "--num-prompts", "4", "--random-input-len", "32", "--random-output-len", "8"]
     command = [interpreter(VARIABLE), "-c", BENCHMARK, "--model", str(tmp_path / "m"), *_OPTIONS, *sizes]
-    environment = {**_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = own_environment(**_ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     command += ["--max-model-len", "512"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from examples.scienceqa.answering import num_tokens, rank_letters
-from examples.scienceqa.data import Problem, ScienceQADataset, read_problems
+from examples.scienceqa.data import ScienceQADataset, read_problems
 from examples.scienceqa.task import load_lavin, make_task
 from examples.shared.measure import on_device
 from examples.shared.task import Task
@@ -27,14 +27,12 @@ def scienceqa_task(folder: Path, **settings: int | float) -> Task:
     """
     _, processor = load_lavin(**LOADING)
 
-    def short(split: str) -> list[Problem]:
-        problems = read_problems(folder, split)
-        lengths = num_tokens(ScienceQADataset(problems, FORMAT, "none"), processor)
-        return [problem for problem, length in zip(problems, lengths) if length <= MAX_TOKENS]
-
-    validation = short("val")
-    held_out = [problem for index, problem in enumerate(validation) if index % 3]
-    parts = {"train": short("train"), "reward": validation[::3], "test": held_out}
+    validation = read_problems(folder, "val")
+    lengths = num_tokens(ScienceQADataset(validation, FORMAT, "none"), processor)
+    short = [problem for problem, length in zip(validation, lengths) if length <= MAX_TOKENS]
+    held_out = [problem for index, problem in enumerate(short) if index % 3]
+    # Of the others, `make_task` leaves out the longer ones itself.
+    parts = {"train": read_problems(folder, "train"), "reward": short[::3], "test": held_out}
     sizes = {"steps": 200, "batch_size": 8, "learning_rate": 2e-3, "attention_r": 16, **settings}
     task = make_task(parts, LOADING, processor, prompt_format=FORMAT, max_length=MAX_TOKENS, **sizes)
 
