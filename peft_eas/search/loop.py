@@ -11,14 +11,15 @@ from torch import nn
 from ..evaluation import from_all_ranks
 from ..model import EASModel
 from ..skippable import eas_of, needs_search
-from ..strategies import Strategy, ThompsonSampling
+from ..strategies import Strategy
 from ..strategies.bandit import Reward
 from ..strategies.goal import Goal
 from ..values import python_number
-from .check import checked_choice
 from .choice import goal_of, new_strategy, resumed_strategy, savings_of_batches
 from .held_out import HeldOutLosses, as_scalar
+from .optimizer import begin_all_states, forget
 from .outlook import tell_of_choice, tell_of_no_search, tell_of_search, wanted_rounds
+from .rounds import NO_ROUNDS, Rounds
 from .savings import Savings
 from .schedule import (
     AUTO_END,
@@ -32,9 +33,6 @@ from .schedule import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Where sets are held against nothing skipped, every fourth step trains that, or it would fall behind as a measure.
-STEPS_PER_WHOLE = 4
 
 
 class EASSearch:
@@ -118,7 +116,6 @@ class EASSearch:
 
     Attributes:
         step: optimizer steps done.
-        strategy: the search's scores and rounds (a `peft_eas.Strategy`); None if there is nothing to search.
         held_out: what it is rewarded on: `held_out.batch_loss` and `held_out.batches`.
 
     Raises:
@@ -151,7 +148,6 @@ class EASSearch:
         settings = {name: python_number(given[name]) for name in SETTINGS}
         check_settings(type(self).__name__, **settings)
         self._ends_when_settled = settings["search_steps"] == "auto"
-        self._num_settled = 0  # rounds on end
         if self._ends_when_settled:
             settings["search_steps"] = AUTO_END
         self.model = model
@@ -161,12 +157,9 @@ class EASSearch:
         self.optimizer = optimizer
         self.num_candidates = settings["num_candidates"]
         self.step = 0
-        self.strategy: Strategy | None = None
+        self._rounds: Rounds | None = None
         self._has_begun = False
         self._savings: dict[str, Any] | None = None
-        self._measured_points: list[dict[str, float]] = []
-        # Training losses since the last round, as (set, step, loss by rank).
-        self._pending: list[tuple[list[str], int, torch.Tensor]] = []
         config = self.eas.active_config
         if (config.num_skip or 0) > len(self.eas.candidates):
             raise ValueError(
@@ -177,7 +170,8 @@ class EASSearch:
         if needs_search(self.eas):
             saved_goal = ((state or {}).get("strategy") or {}).get("goal")
             goal = goal_of(config, partial(self._measured, savings)) if saved_goal is None else Goal(**saved_goal)
-            self.strategy = new_strategy(settings, self.eas.candidates, config.num_skip, goal, seed)
+            new = new_strategy(settings, self.eas.candidates, config.num_skip, goal, seed)
+            self._rounds = Rounds(new, self._losses, self.num_candidates)
         if config.context != "prompt":  # nothing to freeze
             settings["freeze_context_at"] = None
         self._schedule = self._resumed_schedule(Schedule.of(settings, num_steps), state)
@@ -192,7 +186,7 @@ class EASSearch:
         elif config.skipped_modules is None and config.num_skip:  # all of them: nothing to choose
             self.eas.fix_skipped_modules(self.eas.candidates)
         if self.is_searching and optimizer is not None:
-            _begin_all_states(optimizer)
+            begin_all_states(optimizer)
         self._anneal_context(0.0)
         self._end_step()  # a run before may have been interrupted within one
         if state is not None:
@@ -205,9 +199,14 @@ class EASSearch:
     # --- the course of a run ---------------------------------------------------------------------------------------
 
     @property
+    def strategy(self) -> Strategy | None:
+        """The search's scores and rounds; None if there is nothing to search."""
+        return None if self._rounds is None else self._rounds.strategy
+
+    @property
     def is_searching(self) -> bool:
         """Whether the search goes on: in the phases "warm-up" and "search"."""
-        return self.strategy is not None and self._skipped_modules is None
+        return self._rounds is not None and self._skipped_modules is None
 
     @property
     def bandit(self) -> Strategy | None:
@@ -229,7 +228,8 @@ class EASSearch:
         self._has_begun = True
         share = self._schedule.running_share(self.step)
         is_prompt = self.eas.active_config.context == "prompt"
-        names = self._drawn() if self.is_searching else self.eas.skipped_modules
+        growth = self._schedule.growth(self.step)
+        names = self._rounds.drawn(self.step, growth) if self.is_searching else self.eas.skipped_modules
         self._step_set = names
         if isinstance(self.eas, EASModel):
             if self.is_searching or is_prompt:
@@ -249,14 +249,14 @@ class EASSearch:
         """
         self.step += 1
         if loss is not None and self.is_searching and self._has_begun:
-            self._pending.append((self._step_set, self.step, from_all_ranks(as_scalar(loss, self.model))))
+            self._rounds.note(self._step_set, self.step, from_all_ranks(as_scalar(loss, self.model)))
         self._end_step()
         self.eas.sync_context()
         if self.is_searching:
             rewarded_steps = self.step - self._schedule.warmup_end
             if rewarded_steps > 0 and rewarded_steps % self.interval == 0:
                 self._compare()
-            if self.step >= self._schedule.search_end or self._num_settled >= SETTLED_ROUNDS:
+            if self.step >= self._schedule.search_end or self._rounds.num_settled >= SETTLED_ROUNDS:
                 self._end_search()
                 logger.info("EAS: skipping %s from step %d on.", ", ".join(self._skipped_modules), self.step)
         if self._is_freeze_due:
@@ -299,15 +299,9 @@ class EASSearch:
         config = self.eas.active_config
         return {
             "step": self.step,
-            "strategy": None if self.strategy is None else self.strategy.state_dict(),
+            **(NO_ROUNDS if self._rounds is None else self._rounds.state_dict()),
             "skipped_modules": self._skipped_modules,
-            "curve": self.strategy.curve(self._measured_points)
-            if isinstance(self.strategy, ThompsonSampling)
-            else None,
-            "measured": self._measured_points,
             "savings": self._savings,
-            "pending": [[names, step, losses.tolist()] for names, step, losses in self._pending],
-            "num_settled": self._num_settled,
             "schedule": self._schedule._asdict(),
             "is_frozen": config.context == "running",
             "context_recorded": getattr(config, "context_recorded", False),
@@ -321,15 +315,13 @@ class EASSearch:
         """
         strategy = resumed_strategy(self.strategy, state, self.eas, self._skipped_modules)
         if strategy is not None:
-            self.strategy = strategy
+            self._rounds = Rounds(strategy, self._losses, self.num_candidates, state)
             if state["skipped_modules"] is None:
                 self.eas.set_skipped_modules(strategy.best())
             else:
                 self._fix(state["skipped_modules"])
         self._schedule = self._resumed_schedule(self._schedule, state)
-        self.step, self._num_settled = state["step"], state.get("num_settled", 0)
-        self._measured_points, self._savings = state.get("measured", []), state.get("savings")
-        self._pending = [(names, step, torch.tensor(losses)) for names, step, losses in state.get("pending", [])]
+        self.step, self._savings = state["step"], state.get("savings")
         self._end_step()
         # Earlier versions' states do not tell; there the schedule does.
         if self.eas.active_config.context == "prompt" and state.get("is_frozen", self._is_freeze_due):
@@ -352,32 +344,11 @@ class EASSearch:
 
     # --- the search ------------------------------------------------------------------------------------------------
 
-    def _drawn(self) -> list[str]:
-        """The set to train a step with."""
-        if self.strategy.compares_with_nothing and self.step % STEPS_PER_WHOLE == 0:
-            return []
-        growth = self._growth()
-        if growth == 1.0:
-            return self.strategy.sample()
-        return self.strategy.sample(round(growth * max(1, len(self.strategy.best()))))
-
-    def _growth(self) -> float:
-        return self._schedule.growth(self.step) if self.strategy.grows else 1.0
-
-    @property
-    def _scores(self) -> dict[str, float]:
-        return dict(zip(self.strategy.candidates, self.strategy.scores))
-
     def _compare(self) -> None:
-        """A round of rewards: a few sets on one held-out batch."""
-        self._pass_on_steps()
-        sets = self.strategy.sample_sets(self.num_candidates)
-        losses = self._losses(sets, len(self.strategy.rounds))
-        self.strategy.update(sets, losses, step=self.step)
-        if self._ends_when_settled and self._growth() == 1.0:
-            self._num_settled = 0 if self.strategy.doubt() else self._num_settled + 1
+        is_grown = not self.strategy.grows or self._schedule.growth(self.step) == 1.0
+        self._rounds.compare(self.step, may_settle=self._ends_when_settled and is_grown)
         self.eas.set_skipped_modules(self.strategy.best())
-        self.eas.active_config.note_scores(self._scores)
+        self.eas.active_config.note_scores(self._rounds.scores)
 
     def _losses(self, sets: Sequence[Sequence[str]], number: int) -> list[float]:
         """The loss with each set skipped, on held-out batch `number`. All is afterwards what it was."""
@@ -388,20 +359,10 @@ class EASSearch:
             self._anneal_context(0.0)
             self._end_step()
 
-    def _pass_on_steps(self) -> None:
-        """Tells the strategy of the training losses since the last round."""
-        for names, step, losses in self._pending:
-            self.strategy.note_step(names, losses.double().mean().item(), step)
-        self._pending = []
-
     def _end_search(self) -> None:
-        self._pass_on_steps()
-        chosen = self.strategy.best()
-        if isinstance(self.strategy, ThompsonSampling):
-            chosen, self._measured_points = checked_choice(self.strategy, self._losses, self.step)
-        self._fix(chosen)
+        self._fix(self._rounds.choose(self.step))
         self._schedule = self._schedule._replace(search_end=self.step)
-        tell_of_choice(self.strategy, self._measured_points, self.interval)
+        tell_of_choice(self.strategy, self._rounds.measured, self.interval)
 
     def _fix(self, names: Sequence[str]) -> None:
         # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
@@ -410,14 +371,10 @@ class EASSearch:
         before = list(self.eas.parameters())
         self.eas.fix_skipped_modules(names)
         if self.optimizer is not None:
-            dropped = set(before) - set(self.eas.parameters())
-            for group in self.optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if parameter not in dropped]
-            for parameter in dropped:
-                self.optimizer.state.pop(parameter, None)
+            forget(self.optimizer, set(before) - set(self.eas.parameters()))
         self._skipped_modules = self.eas.skipped_modules
         # In the adapter's config, its model card finds them.
-        self.eas.active_config.scores = self._scores
+        self.eas.active_config.scores = self._rounds.scores
         self.eas.active_config.search = self._summary()
 
     def _summary(self) -> dict[str, Any]:
@@ -443,18 +400,3 @@ class EASSearch:
     def _is_freeze_due(self) -> bool:
         freeze_step = self._schedule.freeze_step
         return freeze_step is not None and freeze_step <= self.step and self.eas.active_config.context == "prompt"
-
-
-def _begin_all_states(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the next step of the optimizer begin a state for every parameter, also of adapters that were not drawn yet:
-    torch refuses to load a sharded optimizer's states where some are missing."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's has it inside
-
-    def give_gradients(*_: Any) -> None:
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad and parameter.grad is None and not inner.state.get(parameter):
-                    parameter.grad = torch.zeros_like(parameter)
-        handle.remove()
-
-    handle = inner.register_step_pre_hook(give_gradients)
