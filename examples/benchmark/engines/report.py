@@ -8,7 +8,7 @@ from typing import Any
 from examples.shared.measure import markdown_table, quartiles
 
 Round = dict[str, dict[str, dict[str, Any]]]  # by variant and number of requests, the figures of `measure`
-COLOURS = ("#999999", "#666666", "#0072B2", "#D55E00")
+GREYS, COLOURS = ("#999999", "#666666"), ("#0072B2", "#D55E00")  # of the bases, and of what is merged
 
 
 def write_report(records: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -65,10 +65,11 @@ def draw(rounds: Sequence[Round], variants: Sequence[str], numbers: Sequence[str
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     places = [int(number) for number in numbers]
+    colours = [*GREYS[: sum(name.startswith("base") for name in variants)], *COLOURS]
     for panel, what, label in zip(
         panels, ("tokens_per_second", "decoded_per_second"), ("tokens/s, prompts included", "tokens/s of decoding")
     ):
-        for colour, name in zip(COLOURS, variants):
+        for colour, name in zip(colours, variants):
             points = [(int(n), statistics.median(v)) for n in numbers if (v := _values(rounds, name, n, what))]
             fits = [int(n) <= rounds[0][name][n]["fit"] for n in numbers]
             panel.plot(*zip(*points), color=colour, label=name, zorder=2)
@@ -76,7 +77,7 @@ def draw(rounds: Sequence[Round], variants: Sequence[str], numbers: Sequence[str
                 panel.plot(x, y, "o", color=colour, markerfacecolor=colour if fit else "white", zorder=3)
         panel.set_xscale("log", base=2)
         panel.set_xticks(places, map(str, places))
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
         panel.set_xlabel("requests at once")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
