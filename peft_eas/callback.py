@@ -58,8 +58,8 @@ class EASCallback(TrainerCallback, ExportableState):
     searched; the context is still annealed and frozen, so that the merge is exact. Any other `Skippable` model is
     searched in the same way.
 
-    Trainer's log gets `EASSearch.figures()`: `eas/entropy`, `eas/loss`, `eas/reward` and `eas/best` until the search
-    is over, and `eas/phase` always. The last two are text, and report tools take numbers, so these go to
+    Trainer's log gets `EASSearch.figures()`: `eas/expected_gain`, `eas/loss`, `eas/reward` and `eas/best` until the
+    search is over, and `eas/phase` always. The last two are text, and report tools take numbers, so these go to
     `state.log_history` alone. The finished search is written to `eas_search.json` in `output_dir`.
 
     Args:
@@ -153,7 +153,9 @@ class EASCallback(TrainerCallback, ExportableState):
         if isinstance(self.strategy, type):
             arguments["strategy"] = self.strategy.__name__
         state = {} if self._search is None else self._search.state_dict()
-        course = {name: value for name, value in state.items() if name not in ("step", *RECORDED)}
+        # Of a run without a search there is no record.
+        recorded = ("step", *RECORDED) if self.record else ("step",)
+        course = {name: value for name, value in state.items() if name not in recorded}
         if self._fit_errors is not None:
             course["fit_errors"] = self._fit_errors
         return {"args": arguments, "attributes": {}, "record": self.record, "course": course}
@@ -239,6 +241,7 @@ class EASCallback(TrainerCallback, ExportableState):
                     "leave restore_callback_states_from_checkpoint off: the callback resumes without it."
                 )
             self._reward_source = self._reward_set.source
+            search.held_out.num_batches = self._reward_set.num_batches
         if isinstance(eas, EASModel):
             self._fit(trainer, model, eas, saved)
         self._search, self._run = search, (args, state)

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..strategies import ThompsonSampling
 
@@ -11,7 +12,9 @@ NUM_BATCHES, NUM_DECIDING_BATCHES = 4, 16
 Losses = Callable[[Sequence[Sequence[str]], int], list[float]]
 
 
-def checked_choice(strategy: ThompsonSampling, losses: Losses, step: int) -> tuple[list[str], list[dict[str, float]]]:
+def checked_choice(
+    strategy: ThompsonSampling, losses: Losses, step: int, num_batches: int | None = None
+) -> tuple[list[str], list[dict[str, Any]]]:
     """The set to skip, and what it, and where a loss decides the sets of other sizes, were measured to cost.
 
     Where the loss may rise by a given share, the number skipped is one that was measured to stay within when one more
@@ -20,14 +23,17 @@ def checked_choice(strategy: ThompsonSampling, losses: Losses, step: int) -> tup
 
     Args:
         losses: the losses of sets on the held-out batch of a number.
+        num_batches: how many there are, after which they come again, if that is known.
 
     Returns:
         the names, and by size `{"num_skip", "increase", "deviation"}`: of the mean loss, the increase of its logarithm
-        against nothing skipped, and the standard error.
+        against nothing skipped, and the standard error, None by one batch alone.
     """
     chosen = strategy.best()
+    most_batches = num_batches or NUM_DECIDING_BATCHES
     if strategy.goal.kind != "cost":
-        found = log_increase(*_measured(chosen, losses, len(strategy.rounds), NUM_BATCHES)) if chosen else None
+        count = min(NUM_BATCHES, most_batches)
+        found = log_increase(*_measured(chosen, losses, len(strategy.rounds), count)) if chosen else None
         return chosen, [] if found is None else [_point(chosen, found)]
     within, points = [], {}
     most = len(strategy.candidates) + 1  # too many
@@ -36,7 +42,7 @@ def checked_choice(strategy: ThompsonSampling, losses: Losses, step: int) -> tup
         if not len(within) < size < most:
             size = (len(within) + most) // 2
         names = strategy.best(size)
-        nothing, own = _measured(names, losses, len(strategy.rounds), NUM_DECIDING_BATCHES)
+        nothing, own = _measured(names, losses, len(strategy.rounds), min(NUM_DECIDING_BATCHES, most_batches))
         for pair in zip(nothing, own):
             strategy.update([[], names], pair, step)
         found = log_increase(nothing, own)
@@ -55,16 +61,17 @@ def _measured(names: list[str], losses: Losses, first: int, count: int) -> tuple
     return [nothing for nothing, _ in pairs], [own for _, own in pairs]
 
 
-def _point(names: list[str], found: tuple[float, float]) -> dict[str, float]:
+def _point(names: list[str], found: tuple[float, float | None]) -> dict[str, Any]:
     return {"num_skip": len(names), "increase": found[0], "deviation": found[1]}
 
 
-def log_increase(nothing: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
-    """The logarithm of the ratio of mean losses on the same batches, and its standard error; None where a loss is not
-    positive, or fewer than two are finite."""
+def log_increase(nothing: Sequence[float], losses: Sequence[float]) -> tuple[float, float | None] | None:
+    """The logarithm of the ratio of mean losses on the same batches, and its standard error, None by one batch alone;
+    None where a loss is not positive, or none is finite."""
     pairs = [pair for pair in zip(nothing, losses) if all(map(math.isfinite, pair))]
-    if len(pairs) < 2 or min(map(min, pairs)) <= 0.0:
+    if not pairs or min(map(min, pairs)) <= 0.0:
         return None
     before, after = (statistics.fmean(values) for values in zip(*pairs))
     differences = [b / after - a / before for a, b in pairs]
-    return math.log(after / before), statistics.stdev(differences) / math.sqrt(len(pairs))
+    error = statistics.stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    return math.log(after / before), error

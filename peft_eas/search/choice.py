@@ -110,6 +110,13 @@ def resumed_strategy(
             "the adapters to search with are gone. Make the model by get_peft_model with num_skip, as for the first "
             "run, and resume with that."
         )
+    budget = eas.active_config.budget
+    if is_searching and "budget" in state and tuple(state["budget"] or ()) != (budget or ()):
+        before, now = ("num_skip" if one is None else "{}={:g}".format(*one) for one in (state["budget"], budget))
+        raise ValueError(
+            f"The saved search decides by {before} how many are skipped, but this model's EASConfig by {now}. Resume "
+            "with the EASConfig that the search was started with, or start anew."
+        )
     if present is None or type(present) in STRATEGIES.values():
         strategy = restored(saved)
     else:

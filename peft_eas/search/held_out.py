@@ -31,6 +31,8 @@ class HeldOutLosses:
         self.eas = eas
         self.batch_loss = batch_loss
         self.batches = batches
+        # Until one comes again; None if that is not known.
+        self.num_batches = None if batches is None else len(batches)
         self.seed = seed
 
     def check(self) -> None:

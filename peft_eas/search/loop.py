@@ -168,14 +168,16 @@ class EASSearch:
             )
         self._skipped_modules = config.skipped_modules
         if needs_search(self.eas):
-            saved_goal = ((state or {}).get("strategy") or {}).get("goal")
-            goal = goal_of(config, partial(self._measured, savings)) if saved_goal is None else Goal(**saved_goal)
+            saved_goal = ((state or {}).get("strategy") or {}).get("goal") or {"kind": "number"}
+            is_saved = saved_goal["kind"] != "number"
+            goal = Goal(**saved_goal) if is_saved else goal_of(config, partial(self._measured, savings))
             new = new_strategy(settings, self.eas.candidates, config.num_skip, goal, seed)
             self._rounds = Rounds(new, self._losses, self.num_candidates)
         if config.context != "prompt":  # nothing to freeze
             settings["freeze_context_at"] = None
         self._schedule = self._resumed_schedule(Schedule.of(settings, num_steps), state)
-        goes_on = self.is_searching and (state is None or state["skipped_modules"] is None)
+        is_open = state is None or (state["skipped_modules"] is None and state["step"] < self._schedule.search_end)
+        goes_on = self.is_searching and is_open
         rounds = wanted_rounds(self.strategy, self.num_candidates) if goes_on else None
         self.interval = settings["interval"] or default_interval(self._schedule, rounds or 1)
         self._schedule.check(settings, num_steps, self.interval, rounds)
@@ -289,7 +291,8 @@ class EASSearch:
         figures: dict[str, float | str] = {"eas/phase": self.phase}
         if self.strategy is not None:
             figures |= self.strategy.figures()
-            figures["eas/best"] = ", ".join(self._skipped_modules or self.strategy.best())
+            best = self.strategy.best() if self._skipped_modules is None else self._skipped_modules
+            figures["eas/best"] = ", ".join(best)
             if self.strategy.mean_loss() is not None:
                 figures |= {"eas/loss": self.strategy.mean_loss(), "eas/reward": self.strategy.mean_reward()}
         return figures
@@ -302,6 +305,7 @@ class EASSearch:
             **(NO_ROUNDS if self._rounds is None else self._rounds.state_dict()),
             "skipped_modules": self._skipped_modules,
             "savings": self._savings,
+            "budget": config.budget and list(config.budget),
             "schedule": self._schedule._asdict(),
             "is_frozen": config.context == "running",
             "context_recorded": getattr(config, "context_recorded", False),
@@ -314,6 +318,7 @@ class EASSearch:
             ValueError: for the state of another search than this model needs.
         """
         strategy = resumed_strategy(self.strategy, state, self.eas, self._skipped_modules)
+        self._savings = state.get("savings")
         if strategy is not None:
             self._rounds = Rounds(strategy, self._losses, self.num_candidates, state)
             if state["skipped_modules"] is None:
@@ -321,7 +326,7 @@ class EASSearch:
             else:
                 self._fix(state["skipped_modules"])
         self._schedule = self._resumed_schedule(self._schedule, state)
-        self.step, self._savings = state["step"], state.get("savings")
+        self.step = state["step"]
         self._end_step()
         # Earlier versions' states do not tell; there the schedule does.
         if self.eas.active_config.context == "prompt" and state.get("is_frozen", self._is_freeze_due):
@@ -360,9 +365,9 @@ class EASSearch:
             self._end_step()
 
     def _end_search(self) -> None:
-        self._fix(self._rounds.choose(self.step))
+        self._fix(self._rounds.choose(self.step, self.held_out.num_batches))
         self._schedule = self._schedule._replace(search_end=self.step)
-        tell_of_choice(self.strategy, self._rounds.measured, self.interval)
+        tell_of_choice(self.strategy, len(self._skipped_modules), self._rounds.measured, self.interval)
 
     def _fix(self, names: Sequence[str]) -> None:
         # An optimizer that is not given keeps the parameters that are dropped here; without gradients it never touches
@@ -380,8 +385,8 @@ class EASSearch:
     def _summary(self) -> dict[str, Any]:
         """What the config keeps of a finished search."""
         state = self.state_dict()
-        strategy = state["strategy"]["strategy"]
-        return {"strategy": strategy, **{name: state[name] for name in ("curve", "measured", "savings")}}
+        own = {"strategy": state["strategy"]["strategy"], "unit": self._rounds.unit}
+        return {**own, **{name: state[name] for name in ("curve", "measured", "savings")}}
 
     def _end_step(self) -> None:
         self._has_begun = False

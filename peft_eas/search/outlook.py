@@ -4,8 +4,8 @@ import logging
 import math
 from typing import Any
 
-from ..reporting.search_result import increase_text
-from ..strategies import Strategy
+from ..reporting.search_result import increase_text, is_clear_decrease
+from ..strategies import Strategy, ThompsonSampling
 from .schedule import Schedule, what_fits
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,30 @@ def tell_of_no_search(num_candidates: int) -> None:
     )
 
 
-def tell_of_choice(strategy: Strategy, measured: list[dict[str, float]], interval: int) -> None:
+def tell_of_choice(strategy: Strategy, num_skip: int, measured: list[dict[str, Any]], interval: int) -> None:
     """Says what the finished search was measured to cost; warns where it has not settled."""
     for point in measured:
         logger.info(
-            "EAS: skipping %d of %d changes the loss on held-out batches by %s (its standard error).",
+            "EAS: skipping %d of %d changes the loss on held-out batches by %s%s.",
             point["num_skip"],
             len(strategy.candidates),
             increase_text(point["increase"], "log loss", point["deviation"]),
+            " (one batch alone)" if point["deviation"] is None else " (its standard error)",
+        )
+    has_limit = isinstance(strategy, ThompsonSampling) and strategy.goal.kind == "cost"
+    if has_limit and not measured:
+        logger.warning(
+            "EAS: on held-out batches, no set could be held against nothing skipped, as losses are NaN, infinite or "
+            "not positive; so nothing is skipped. Look at the reward data, or set num_skip."
+        )
+    own = next((point for point in measured if point["num_skip"] == num_skip), None)
+    if has_limit and own is not None and is_clear_decrease(own["increase"], own["deviation"]):
+        logger.warning(
+            "EAS: with %d skipped, the loss on held-out batches is %s against nothing skipped. The model has learned "
+            "less with nothing skipped, so max_loss_increase limits little, and maybe too many are skipped. Let the "
+            "search end later, such as with search_steps=0.5, or set num_skip.",
+            num_skip,
+            increase_text(own["increase"], "log loss", own["deviation"]),
         )
     doubt = strategy.doubt()
     if doubt is not None:

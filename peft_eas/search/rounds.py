@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..reporting.search_result import Unit
 from ..strategies import Strategy, ThompsonSampling
 from .check import Losses, checked_choice
 
@@ -34,7 +35,7 @@ class Rounds:
         self.losses = losses
         self.num_candidates = num_candidates
         # States of earlier versions have not all of it.
-        self.measured: list[dict[str, float]] = list(state.get("measured", []))
+        self.measured: list[dict[str, Any]] = list(state.get("measured", []))
         self.num_settled: int = state.get("num_settled", 0)
         # Training losses since the last round, as (set, step, loss by rank).
         self._pending = [(names, step, torch.tensor(losses)) for names, step, losses in state.get("pending", [])]
@@ -43,6 +44,13 @@ class Rounds:
     def scores(self) -> dict[str, float]:
         """By candidate."""
         return dict(zip(self.strategy.candidates, self.strategy.scores))
+
+    @property
+    def unit(self) -> Unit | None:
+        """Of the curve, which only Thompson sampling has."""
+        if not isinstance(self.strategy, ThompsonSampling):
+            return None
+        return "log loss" if self.strategy.tells_log_losses else "loss"
 
     def drawn(self, step: int, growth: float) -> list[str]:
         """The set to train a step with, of `growth` times the full size."""
@@ -61,19 +69,29 @@ class Rounds:
 
         Args:
             may_settle: whether to ask if the choice is settled.
+
+        Raises:
+            ValueError: for losses that are not positive, where one may rise by a share of it.
         """
         self._pass_on()
         sets = self.strategy.sample_sets(self.num_candidates)
-        self.strategy.update(sets, self.losses(sets, len(self.strategy.rounds)), step=step)
-        if may_settle:
+        losses = self.losses(sets, len(self.strategy.rounds))
+        if self.strategy.compares_with_nothing and not self.strategy.rounds and min(losses) <= 0.0:
+            raise ValueError(
+                f"max_loss_increase is a share of the loss, but on held-out batches the loss is {min(losses):g}, as a "
+                "reward's may be. Give num_skip, target_speedup or target_kv_cache in its place."
+            )
+        self.strategy.update(sets, losses, step=step)
+        if may_settle and type(self.strategy).doubt is not Strategy.doubt:  # which has none, whatever was seen
             self.num_settled = 0 if self.strategy.doubt() else self.num_settled + 1
 
-    def choose(self, step: int) -> list[str]:
-        """The set to skip for good."""
+    def choose(self, step: int, num_batches: int | None) -> list[str]:
+        """The set to skip for good; `num_batches` are held out, if that is known."""
         self._pass_on()
         if not isinstance(self.strategy, ThompsonSampling):
             return self.strategy.best()
-        chosen, self.measured = checked_choice(self.strategy, self.losses, step)
+        self.strategy.learn()
+        chosen, self.measured = checked_choice(self.strategy, self.losses, step, num_batches)
         return chosen
 
     def state_dict(self) -> dict[str, Any]:

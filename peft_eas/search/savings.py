@@ -1,6 +1,7 @@
 """What skipping each candidate saves, measured on the model in hand: time, and bytes of KV cache."""
 
 import copy
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ class Savings(NamedTuple):
 
     def speedup(self, names: Collection[str]) -> float:
         """How many times as fast as the base the model is if the candidates `names` are skipped; of seconds."""
-        return 1.0 / self.left(names)
+        left = self.left(names)
+        return 1.0 / left if left > 0.0 else math.inf
 
     def for_speedup(self, speedup: float) -> float:
         """What has to be saved for a model `speedup` times as fast as the base; of seconds.

@@ -56,7 +56,9 @@ class Goal:
             is_allowed = sizes == self.amount
         if not is_allowed.any():
             return []
-        return np.flatnonzero(sets[int(np.argmin(np.where(is_allowed, costs, np.inf)))]).tolist()
+        # The last of the equally dear has the later layers, as of `cheapest_first`.
+        last = np.where(is_allowed, costs, np.inf)[::-1].argmin()
+        return np.flatnonzero(sets[::-1][last]).tolist()
 
 
 def cheapest_first(costs: Sequence[float]) -> list[int]:

@@ -61,7 +61,7 @@ class ThompsonSampling(Strategy):
         self.hint: list[float] | None = None
         self._steps: deque[tuple[int, list[int], float]] = deque(maxlen=MAX_STEPS)
         self._all_sets = all_sets(len(self.candidates))
-        self._level = 0.0
+        self._level = self._level_before = 0.0  # as the last fit left and found it
         num_features = len(self._features([]))
         self._take(regression.prior(num_features))
 
@@ -100,7 +100,7 @@ class ThompsonSampling(Strategy):
         """Mean and standard deviation of what each row of features (S, p) costs."""
         return (features @ self._posterior.mean).tolist(), _norms(features @ self._posterior.root)
 
-    def curve(self, measured: Sequence[Mapping[str, float]] = ()) -> dict[str, list[float]]:
+    def curve(self, measured: Sequence[Mapping[str, Any]] = ()) -> dict[str, list[float]]:
         """By number of candidates skipped: the expected increase of the log loss against nothing skipped, and its
         standard deviation. Of sets of one size, it stands for the chosen or else the cheapest.
 
@@ -117,7 +117,7 @@ class ThompsonSampling(Strategy):
             share, deviation = numbers / max(1, chosen), 0.0
             missing, relative = self.level, sets
         else:
-            share, deviation = numbers / point["num_skip"], point["deviation"]
+            share, deviation = numbers / point["num_skip"], point["deviation"] or 0.0
             missing = point["increase"] - float(sets[point["num_skip"]] @ self._posterior.mean)
             relative = sets - share[:, None] * sets[point["num_skip"]]
         deviations = np.hypot(_norms(relative @ self._posterior.root), share * deviation)
@@ -166,7 +166,7 @@ class ThompsonSampling(Strategy):
         mean, deviation = self.costs()
         goal = {**asdict(self.goal), "savings": list(self.goal.savings)}
         own = {"hint": self.hint, "goal": goal, "steps": steps, "costs": mean, "deviations": deviation}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **own, "level": self._level_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -176,6 +176,7 @@ class ThompsonSampling(Strategy):
         self._steps.clear()
         for step, *indices, loss in parts:
             self._steps.append((int(step), [int(index) for index in indices], float(loss)))
+        self._level = state.get("level", 0.0)
         self._learn()
 
     def take_hint(self, similarities: Mapping[str, float]) -> None:
@@ -191,10 +192,20 @@ class ThompsonSampling(Strategy):
             self.hint = [math.log(max(1.0 - similarities[name], 1e-9)) for name in self.candidates]
 
     def note_step(self, names: Iterable[str], loss: float, step: int) -> None:
-        """Takes the loss of a training step with `names` skipped. The costs follow with the next round."""
+        """Takes the loss of a training step with `names` skipped. The costs follow with the next round, or `learn`."""
         indices = self._indices(names)
         if math.isfinite(loss):
             self._steps.append((step, indices, float(loss)))
+
+    def learn(self) -> None:
+        """Sets the costs by all that was told."""
+        self._learn()
+
+    @property
+    def tells_log_losses(self) -> bool:
+        """Whether costs are of the log loss: all losses so far are positive. Else they are of the loss itself."""
+        losses = [loss for record in self.rounds for loss in record["losses"]] + [loss for *_, loss in self._steps]
+        return all(loss > 0.0 for loss in losses if loss is not None)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "ThompsonSampling":
@@ -242,6 +253,7 @@ class ThompsonSampling(Strategy):
     def _learn(self) -> None:
         data = self._observations()
         if data is not None:
+            self._level_before = self._level
             self._take(regression.fit(data, self._cheapest, self._standard_hint))
             self._level = float(self._posterior.level[REFERRED]) if (data.kind == REFERRED).any() else 0.0
 
@@ -261,8 +273,7 @@ class ThompsonSampling(Strategy):
         return np.array(rows)
 
     def _observations(self) -> regression.Observations | None:
-        losses = [loss for record in self.rounds for loss in record["losses"]] + [loss for *_, loss in self._steps]
-        has_logs = all(loss > 0.0 for loss in losses if loss is not None)
+        has_logs = self.tells_log_losses
         rows = []  # a set, its value, its group and kind, and its step
         for number, record in enumerate(self.rounds):
             pairs = [
