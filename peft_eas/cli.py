@@ -158,7 +158,8 @@ def _load_without_weights(options: argparse.Namespace) -> PeftModel | PreTrained
     _check_exists(options.path)
     if find_adapter_config_file(options.path) is not None:
         return _load_adapter(options.path, options.base, options.num_labels)
-    config = AutoConfig.from_pretrained(options.path)
+    is_model = not Path(options.path).is_dir() or Path(options.path, "config.json").is_file()
+    config = AutoConfig.from_pretrained(options.path) if is_model else None
     if not isinstance(getattr(config, "eas", None), dict):
         raise ValueError(
             f"{options.path} holds neither an EAS adapter nor a model that was merged with one. Name the folder that "

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import textwrap
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -293,8 +294,15 @@ class EASConfig(PeftConfig):
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
         for name, (low, high) in BUDGETS.items():
             value = getattr(self, name)
-            what = f"a number above {low:g}{'' if high == math.inf else f' and below {high:g}'}, or None"
+            share = "" if high == math.inf else f" and below {high:g}, as a share (2 % is 0.02)"
+            what = f"a number above {low:g}{share}, or None"
             require(name, value is None or (is_finite(value) and low < value < high), what)
+        if (self.max_loss_increase or 0.0) >= 1.0:
+            warnings.warn(
+                f"EASConfig(max_loss_increase={self.max_loss_increase:g}) lets the loss rise by "
+                f"{self.max_loss_increase:.0%}. If that is not meant: 2 % is 0.02.",
+                stacklevel=3,
+            )
         given = [name for name in ("num_skip", *BUDGETS) if getattr(self, name) is not None]
         if len(given) > 1 and self.skipped_modules is None:
             texts = (f"{name}={getattr(self, name)!r}" for name in given)

@@ -84,9 +84,9 @@ class EASModel(MergingTuner):
             recorded = [int(adapter.num_contexts) > 0 for adapter in used if adapter.needs_context]
             if not all(recorded):
                 warnings.warn(
-                    "freeze_context() for at least one adapter that was of use in no training step so far: its "
-                    "running mean of the prompts stays zero. Train with context='prompt' first, so that it is known; "
-                    "or train on, for which zero serves as well.",
+                    "The context is frozen, but at least one adapter was of use in no training step so far: its "
+                    "running mean of the prompts stays zero. A longer training before the freeze makes it known; to "
+                    "train on, zero serves as well.",
                     stacklevel=2,
                 )
             config.context_recorded = bool(recorded) and all(recorded)

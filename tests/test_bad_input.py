@@ -566,6 +566,15 @@ def test_a_task_that_the_model_is_not_for(family, kind, task_type, device):
     get_peft_model(model, EASConfig(num_skip=1))
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_head_in_the_place_of_a_language_models(family, task_type, device):
+    model = build_model(family, device)
+    message = rf"task_type='{task_type}' trains a head called .*, but {type(model).__name__} has none, and a language"
+    with Unchanged(model, family), pytest.raises(ValueError, match=message):
+        get_peft_model(model, EASConfig(task_type=task_type, num_skip=1))
+
+
 @pytest.mark.parametrize(
     ("context", "fields", "message"),
     [

@@ -201,11 +201,11 @@ def test_what_the_search_found(tmp_path):
     for kind in KINDS:
         text = ModelCard.load(tmp_path / kind / "README.md").text
         assert "The search (ThompsonSampling) chose 2 of 4 candidates to skip." in text
-        assert "nothing skipped by: expected +4.1 ± 0.1 %, measured +5.1 ± 0.2 %." in text
+        assert "nothing skipped by +5.1 ± 0.2 % (measured)." in text
         assert "| Skipped | Change of the loss, expected | Measured | KV cache left |" in text
         assert "| 2, the choice | +4.1 ± 0.1 % | +5.1 ± 0.2 % | 50 % |" in text
         assert "| 4 | ×25.5 ± 0.0 |  | 0 % |" in text
-        assert "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones." in text
+        assert "by how much skipping an attention raises the loss, against the mean of those that were chosen." in text
         # The mean cost of the first and the third is 0.02.
         assert f"| `{names[0]}` | skipped | +1.0 % |" in text
         assert f"| `{names[1]}` | kept | ×19.7 |" in text

@@ -241,8 +241,9 @@ def test_summary_on_a_base_that_was_moved(llama, capsys):
 
 
 def test_summary_of_something_else(llama, capsys):
-    assert main(["summary", str(llama.base)]) == 1
-    assert "holds neither an EAS adapter nor a model that was merged with one" in sentence(capsys)
+    for folder in (llama.base, llama.base.parent):
+        assert main(["summary", str(folder)]) == 1
+        assert "holds neither an EAS adapter nor a model that was merged with one" in sentence(capsys)
     assert main(["summary", str(llama.adapter), "--context-length", "0"]) == 1
     assert "context_length must be an integer of at least 1" in sentence(capsys)
 

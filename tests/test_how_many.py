@@ -115,7 +115,15 @@ def test_the_rise_of_a_loss_is_that_of_its_mean() -> None:
     differences = [0.6 / 1.1 - 0.5, 1.6 / 1.1 - 1.5, 0.0]
     assert error == pytest.approx(statistics.stdev(differences) / math.sqrt(3))
     assert log_increase([1.0, -1.0, 1.0], [1.0, 1.0, 1.0]) is None
-    assert log_increase([1.0, math.inf], [1.0, 1.0]) is None
+    assert log_increase([1.0, math.inf], [1.0, 1.0]) == (0.0, None)  # one batch has no spread
+    assert log_increase([math.nan, math.inf], [1.0, 1.0]) is None
+
+
+def test_percent_in_the_place_of_a_share_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"max_loss_increase=2\) lets the loss rise by 200%.*2 % is 0\.02"):
+        EASConfig(max_loss_increase=2)
+    with pytest.raises(ValueError, match=r"target_kv_cache must be .* below 1, as a share \(2 % is 0\.02\)"):
+        EASConfig(target_kv_cache=50)
 
 
 def test_what_cannot_be_reached_is_an_error_that_names_what_can() -> None:

@@ -225,6 +225,19 @@ def test_a_search_that_found_something_is_not(caplog) -> None:
     assert not caplog.records
 
 
+def test_a_limit_that_limits_nothing_is_warned_of(caplog) -> None:
+    """With nothing skipped the loss is the highest."""
+    search = begin(20, make_model(num_skip=None, max_loss_increase=0.02), **SHORT)
+    run_search(search, lambda names: 2.0 - 0.1 * len(names))
+    assert len(search.eas.skipped_modules) == LAYERS
+    text = next(text for text in caplog.messages if "limits little" in text)
+    assert f"with {LAYERS} skipped, the loss on held-out batches is -20.0 ± 0.0 %" in text
+    caplog.clear()
+    search = begin(20, make_model(num_skip=None, max_loss_increase=0.02), **SHORT)
+    run_search(search, lambda names: 2.0 + 0.01 * len(names))
+    assert "limits little" not in caplog.text
+
+
 def test_neither_num_skip_nor_skipped_modules_is_warned_of(tmp_path, caplog) -> None:
     trainer = make_trainer(tmp_path, EASCallback(), make_model(num_skip=None), max_steps=2)
     trainer.train()

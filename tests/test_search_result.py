@@ -47,9 +47,17 @@ def test_the_chosen_point():
     result = SearchResult.of(FOUND)
     assert result.sentence(SCORES, list("abcde")) == (
         "The search (ThompsonSampling) chose 5 of 8 candidates to skip. When it ended, that changed the held-out loss "
-        "against nothing skipped by: expected +5.0 ± 1.1 %, measured +6.0 ± 2.1 %."
+        "against nothing skipped by +6.0 ± 2.1 % (measured)."
     )
-    assert result.sentence(SCORES, list("dcba")).endswith("by: expected +4.0 ± 1.0 %.")
+    assert result.sentence(SCORES, list("dcba")).endswith("by +4.0 ± 1.0 % (expected).")
+
+
+def test_a_lower_loss_than_with_nothing_skipped_is_not_told_as_a_gain():
+    measured = [{"num_skip": 5, "increase": -0.4, "deviation": 0.01}]
+    said = SearchResult.of({**FOUND, "measured": measured}).sentence(SCORES, list("abcde"))
+    assert "by -33.0 ± 0.7 % (measured). The model had learned less with nothing skipped" in said
+    measured[0]["deviation"] = 0.3
+    assert "learned less" not in SearchResult.of({**FOUND, "measured": measured}).sentence(SCORES, list("abcde"))
 
 
 def test_the_table_around_the_choice():

@@ -159,7 +159,7 @@ def test_what_the_search_found():
     config.search = {"strategy": "ThompsonSampling", "curve": curve, "measured": None}
     said = (
         "The search (ThompsonSampling) chose 2 of 4 candidates to skip. When it ended, that changed the held-out loss "
-        "against nothing skipped by: expected +4.1 ± 0.1 %."
+        "against nothing skipped by +4.1 ± 0.1 % (expected)."
     )
     before = str(eas_summary(model))
     assert re.search(r"^MHA +state +cost ", before)
@@ -169,7 +169,7 @@ def test_what_the_search_found():
     merged = model.merge_and_unload()
     for text in (before, str(eas_summary(merged))):
         assert said in text.splitlines()
-        assert "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones." in text
+        assert "by how much skipping an attention raises the loss, against the mean of those that were chosen." in text
     assert [row.score for row in eas_summary(merged).rows] == [-0.03, -3.0, -0.01, -0.2]
 
 

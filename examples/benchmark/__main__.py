@@ -96,12 +96,18 @@ def _setting(text: str) -> tuple[int, int]:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
+def random_tokens(model: nn.Module, batch: int, tokens: int, device: str) -> torch.Tensor:
+    """(batch, tokens), int64: the same each time, without the special tokens that come first."""
+    most = min(1000, model.get_input_embeddings().num_embeddings)
+    return torch.randint(3, most, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def measure_setting(
     models: dict[str, nn.Module], mode: str, setting: tuple[int, int], options: argparse.Namespace, bar: tqdm
 ) -> dict[str, Any]:
     """Times of every round in seconds, (per token for decoding), and in eager mode the memory that a run takes."""
     batch, tokens = setting
-    prompt = torch.randint(3, 1000, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(options.device)
+    prompt = random_tokens(next(iter(models.values())), batch, tokens, options.device)
     # Capturing a graph takes a few steps more.
     runners = {name: RUNNERS[mode](model, tokens + options.decode_steps + 8) for name, model in models.items()}
     names = list(runners)
@@ -159,7 +165,7 @@ def measure_sizes(models: dict[str, nn.Module], recipe: Recipe, options: argpars
     Raises:
         RuntimeError: if a cache holds more or less than the slots of the attentions that are computed.
     """
-    prompt = torch.randint(3, 1000, (2, 8)).to(options.device)
+    prompt = random_tokens(recipe.base, 2, 8, options.device)
     names = default_targets(recipe.base)
     base_slots, _ = cache_bytes(recipe.base, prompt)
     sizes = {}
@@ -223,7 +229,7 @@ def _loader(model: nn.Module, folder: Path, options: argparse.Namespace) -> Call
 @torch.inference_mode()
 def check_logits(models: dict[str, nn.Module], recipe: Recipe, device: str) -> dict[str, float]:
     """Largest difference of logits, relative to the largest logit, of variants that compute the same."""
-    token_ids = torch.randint(3, 1000, (2, 16)).to(device)
+    token_ids = random_tokens(recipe.base, 2, 16, device)
 
     def difference(actual: nn.Module, expected: nn.Module) -> float:
         a, b = (model(input_ids=token_ids).logits.double() for model in (actual, expected))

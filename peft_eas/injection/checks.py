@@ -145,6 +145,14 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
                 f"does not, and its MHAs are of the kind {', '.join(sorted(kinds))}. Choose another task_type, such "
                 "as 'SEQ_CLS' or 'FEATURE_EXTRACTION', or leave it out."
             )
+    heads = HEADS_OF_TASKS.get(config.task_type)
+    has_lm_head = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    if heads and has_lm_head and not any(name.endswith(heads) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"task_type={str(config.task_type)!r} trains a head called {' or '.join(heads)}, but "
+            f"{type(model).__name__} has none, and a language model's head instead. Load the base by the task's Auto "
+            "class, such as AutoModelForSequenceClassification, or choose another task_type, such as 'CAUSAL_LM'."
+        )
     places = _output_projections(model, targets)
     if config.output_r and not places:
         raise ValueError(

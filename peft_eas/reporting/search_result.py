@@ -9,11 +9,12 @@ from typing import Any, Literal
 # by how much skipping it raises the logarithm of the loss, or the loss itself where that can be negative.
 Unit = Literal["score", "log loss", "loss"]
 
+_COST = "Cost: by how much skipping an attention raises the loss, against the mean of those that were chosen."
 # What the column of values is called, and what it means.
 COLUMNS: dict[Unit, tuple[str, str]] = {
     "score": ("score", "By the search's score, the higher, the less it costs to skip an attention."),
-    "log loss": ("cost", "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones."),
-    "loss": ("cost", "Cost: by how much skipping an attention raises the loss, over the mean of the chosen ones."),
+    "log loss": ("cost", _COST),
+    "loss": ("cost", _COST),
 }
 # Rows of a card's table on either side of the choice.
 NEIGHBOURS = 3
@@ -35,6 +36,12 @@ def ranking_of(scores: Sequence[float]) -> list[int]:
 def shown(increase: float, unit: Unit) -> float:
     """An increase as an axis shows it: of the log loss, as the increase of the loss in percent."""
     return 100.0 * math.expm1(min(increase, 100.0)) if unit == "log loss" else increase
+
+
+def is_clear_decrease(increase: float, deviation: float | None) -> bool:
+    """Whether a loss is below that with nothing skipped, by more than twice its deviation: a sign that the model has
+    trained too little with nothing skipped to be held against it."""
+    return increase + 2.0 * (deviation or 0.0) < 0.0
 
 
 def increase_text(increase: float, unit: Unit, deviation: float | None = None) -> str:
@@ -131,10 +138,15 @@ class SearchResult:
         """
         num_skip = sum(name in scores for name in chosen)
         text = f"The search ({self.strategy}) chose {num_skip} of {len(scores)} candidates to skip."
-        points = {"expected": self.expected(num_skip), "measured": self.measurement(num_skip)}
-        parts = [f"{what} {increase_text(at[0], self.unit, at[1])}" for what, at in points.items() if at is not None]
-        change = f" When it ended, that changed the held-out loss against nothing skipped by: {', '.join(parts)}."
-        return text + change if parts else text
+        points = {"measured": self.measurement(num_skip), "expected": self.expected(num_skip)}
+        what, point = next(((what, at) for what, at in points.items() if at is not None), ("", None))
+        if point is None:
+            return text
+        change = increase_text(point[0], self.unit, point[1])
+        text += f" When it ended, that changed the held-out loss against nothing skipped by {change} ({what})."
+        if is_clear_decrease(*point):
+            text += " The model had learned less with nothing skipped, so it does not tell what attentions are worth."
+        return text
 
     def table(self, scores: dict[str, float], chosen: Sequence[str]) -> list[tuple[str, ...]]:
         """Head and rows of the curve around the choice: number skipped, expected, measured, and what it saves; with
