@@ -1,6 +1,6 @@
 """Fine-tune a small multi-modal model on easy-VQA, skip half of its attentions, merge, and see what was gained.
 
-    python -m examples.easy_vqa                      # the shipped base model, about 3 minutes on 2 CPU cores
+    python -m examples.easy_vqa                      # the shipped base model, about 4 minutes on one CPU core
     python -m examples.easy_vqa --quick              # the same flow as a smoke test, under 2 minutes
     python -m examples.easy_vqa --llm smollm2        # SmolLM2-135M-Instruct in the place of the text model
     python -m examples.easy_vqa --model NAME_OR_PATH # any Llava-like checkpoint
