@@ -79,7 +79,10 @@ class Strategy(ABC):
         return {}
 
     def doubt(self) -> str | None:
-        """Why the choice is not to be relied on yet, as a sentence that goes on after "after 9 rounds"; else None."""
+        """Why the choice is not to be relied on yet, as a sentence that goes on after "after 9 rounds"; else None.
+
+        A strategy without a `doubt` of its own never ends a search with `search_steps="auto"` early.
+        """
         return None
 
     # --- what the search calls -------------------------------------------------------------------------------------
