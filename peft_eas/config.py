@@ -2,11 +2,9 @@
 
 import inspect
 import json
-import math
 import os
 import re
 import textwrap
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -14,12 +12,11 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from .adapter_file import check_weights_file
+from .budgets import BUDGETS, check_budgets
 from .peft_type import add_peft_type
 from .values import is_finite, is_int, python_number
 
 PEFT_TYPE = add_peft_type()
-# What may take the place of `num_skip`, and between which values it lies.
-BUDGETS = {"max_loss_increase": (0.0, math.inf), "target_speedup": (1.0, math.inf), "target_kv_cache": (0.0, 1.0)}
 
 
 def _with_fields_explained(config_class: type) -> type:
@@ -292,21 +289,7 @@ class EASConfig(PeftConfig):
             require(name, isinstance(getattr(self, name), (dict, type(None))), "a dict, or None")
         if self.num_skip is not None:
             require("num_skip", is_int(self.num_skip, 0), "an integer of at least 0, or None")
-        for name, (low, high) in BUDGETS.items():
-            value = getattr(self, name)
-            share = "" if high == math.inf else f" and below {high:g}, as a share (2 % is 0.02)"
-            what = f"a number above {low:g}{share}, or None"
-            require(name, value is None or (is_finite(value) and low < value < high), what)
-        if (self.max_loss_increase or 0.0) >= 1.0:
-            warnings.warn(
-                f"EASConfig(max_loss_increase={self.max_loss_increase:g}) lets the loss rise by "
-                f"{self.max_loss_increase:.0%}. If that is not meant: 2 % is 0.02.",
-                stacklevel=3,
-            )
-        given = [name for name in ("num_skip", *BUDGETS) if getattr(self, name) is not None]
-        if len(given) > 1 and self.skipped_modules is None:
-            texts = (f"{name}={getattr(self, name)!r}" for name in given)
-            raise ValueError(f"EASConfig({', '.join(texts)}): how many MHAs are to be skipped takes one of these.")
+        check_budgets(self, require)
         for name in ("scores", "fit_errors"):
             values = getattr(self, name)
             if values is not None:

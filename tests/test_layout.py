@@ -21,6 +21,7 @@ ORDER = [
         "strategies",
         "folding",
         "adapter_file",
+        "budgets",
         "config",
         "evaluation",
         "layers",
