@@ -153,12 +153,13 @@ class EASCallback(TrainerCallback, ExportableState):
         if isinstance(self.strategy, type):
             arguments["strategy"] = self.strategy.__name__
         state = {} if self._search is None else self._search.state_dict()
-        # Of a run without a search there is no record.
-        recorded = ("step", *RECORDED) if self.record else ("step",)
-        course = {name: value for name, value in state.items() if name not in recorded}
+        record = self.record
+        # Without a search there is no record, but a schedule there is.
+        left_out = {"step", *RECORDED} - (set() if record else {"schedule"})
+        course = {name: value for name, value in state.items() if name not in left_out}
         if self._fit_errors is not None:
             course["fit_errors"] = self._fit_errors
-        return {"args": arguments, "attributes": {}, "record": self.record, "course": course}
+        return {"args": arguments, "attributes": {}, "record": record, "course": course}
 
     @property
     def record(self) -> dict[str, Any] | None:

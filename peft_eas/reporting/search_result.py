@@ -41,7 +41,7 @@ def shown(increase: float, unit: Unit) -> float:
 def is_clear_decrease(increase: float, deviation: float | None) -> bool:
     """Whether a loss is below that with nothing skipped, by more than twice its deviation: a sign that the model has
     trained too little with nothing skipped to be held against it."""
-    return increase + 2.0 * (deviation or 0.0) < 0.0
+    return deviation is not None and increase + 2.0 * deviation < 0.0
 
 
 def increase_text(increase: float, unit: Unit, deviation: float | None = None) -> str:
