@@ -181,18 +181,20 @@ def test_so_it_does_where_there_is_nothing_to_search(tmp_path):
     assert course.frozen == dict.fromkeys(range(15, 61), True)
 
 
-def test_the_share_of_the_running_mean_never_falls(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"skipped_modules": [NAMES[1]], "num_skip": None}, {"num_skip": 0}])
+def test_the_share_of_the_running_mean_never_falls(options, tmp_path):
     """From 4 on it grows to 1 at 30 of 40 steps; resumed at 20 for 100 steps it grows on, to 1 at 75."""
     settings = {**FRACTIONS, "freeze_context_at": 0.75}
-    _, first = run_course(tmp_path, 40, settings, save=True)
+    _, first = run_course(tmp_path, 40, settings, save=True, **options)
     assert first.shares[19] == pytest.approx(15 / 26)
-    resumed, course = run_course(tmp_path / "resumed", 100, settings, tmp_path / "checkpoint-20", save=True)
+    folder = tmp_path / "resumed"
+    resumed, course = run_course(folder, 100, settings, tmp_path / "checkpoint-20", save=True, **options)
     shares = [course.shares[step] for step in range(20, 75)]
     assert shares[0] == pytest.approx(16 / 26)
     assert shares == pytest.approx([16 / 26 + 10 / 26 * (step - 20) / 55 for step in range(20, 75)])
     assert [step for step, frozen in course.frozen.items() if frozen] == list(range(75, 101))
     # Resumed once more for the same 100 steps it goes on as if nothing had happened.
-    again, once_more = run_course(tmp_path / "again", 100, settings, tmp_path / "resumed/checkpoint-30")
+    again, once_more = run_course(tmp_path / "again", 100, settings, folder / "checkpoint-30", **options)
     assert once_more.shares == {step: share for step, share in course.shares.items() if step >= 30}
     assert_equal(weights(again.model), weights(resumed.model))
 
