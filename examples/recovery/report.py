@@ -80,10 +80,14 @@ def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
     from matplotlib import pyplot
 
     names = [name for name in VARIANTS if any(_accuracies(runs, group, name) for group in groups)]
-    size = (2 + 2.4 * len(groups), 1.3 + 0.3 * len(names))
-    figure, panels = pyplot.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    columns = min(len(groups), 4)
+    rows = -(-len(groups) // columns)
+    size = (2 + 2.4 * columns, 0.5 + (0.9 + 0.3 * len(names)) * rows)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     lines: list[Any] = []
-    for panel, group in zip(panels[0], groups):
+    for panel in panels.flat[len(groups) :]:
+        panel.set_visible(False)
+    for panel, group in zip(panels.flat, groups):
         for place, name in enumerate(names):
             values = _accuracies(runs, group, name)
             panel.plot(values, [place] * len(values), "o", color="#56B4E9", zorder=3)
@@ -93,7 +97,7 @@ def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
         if whole:
             line = panel.axvline(statistics.mean(whole), color="black", linestyle="--", label=NOTHING_SKIPPED)
             lines = [line]
-        panel.set_title(f"{MODELS.get(group[0], group[0])}, {group[1]} skipped", fontsize=10)
+        panel.set_title(f"{MODELS.get(group[0], group[0])},\n{group[1]} skipped", fontsize=10)
         panel.set_xlabel("accuracy, %")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
