@@ -45,7 +45,7 @@ def check_reached(counts: Mapping[str, int]) -> None:
 
 def mean_over_ranks(losses: torch.Tensor) -> list[float]:
     # Every rank has the same numbers here and adds them up in the same order: the scores stay equal to the bit.
-    return from_all_ranks(losses).double().cpu().mean(0).tolist()
+    return from_all_ranks(losses).cpu().double().mean(0).tolist()
 
 
 @contextlib.contextmanager

@@ -225,6 +225,13 @@ def test_bfloat16_is_fitted_in_float32():
         assert left[torch.bfloat16][name] == pytest.approx(value, abs=0.05)
 
 
+def test_adapters_that_are_off_are_not_fitted():
+    model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4, scale=0.0))
+    before = copy.deepcopy(model.state_dict())
+    assert fit_adapters(model, [make_inputs("llama", "cpu")], progress_bar=False) == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_bad_input():
     inputs = make_inputs("llama", "cpu")
     model = get_peft_model(build_model("llama"), EASConfig(num_skip=2, r=8, output_r=4))

@@ -194,7 +194,7 @@ def shift_before(update: LowRankMap) -> torch.Tensor:
     Raises:
         ValueError: if 1 + R L has no inverse, to the precision of the weights.
     """
-    left, right, shift = (tensor.double() for tensor in (update.left, update.right, update.shift))
+    left, right, shift = (tensor.cpu().double() for tensor in (update.left, update.right, update.shift))
     inner = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) + right @ left
     before = shift - left @ torch.linalg.lstsq(inner, (right @ shift)[:, None]).solution[:, 0]
     error = (before + left @ (right @ before) - shift).abs().max()
@@ -204,7 +204,7 @@ def shift_before(update: LowRankMap) -> torch.Tensor:
             "in which its bias lies. Train a few more steps; or, if it was trained with context='prompt' and is not "
             "frozen, merge with context='prompt', which folds nothing."
         )
-    return before.float()
+    return before.float().to(update.shift.device)
 
 
 @exact

@@ -83,7 +83,7 @@ def fit_by_passes(
         raise ValueError("The adapters are merged, so they cannot be fitted. Call unmerge_adapter() first.")
     eas.end_step()
     fits = _fits_of(eas)
-    if not fits:
+    if not fits or eas.active_config.scale == 0:  # which turns adapters off
         return {}
     batches = _Batches(batches, num_tokens)
     with ExitStack() as stack:

@@ -74,9 +74,13 @@ class Moments:
         Returns:
             the map, and the squared error that it leaves of y, summed over tokens; see `square`.
         """
-        mean_x, mean_y = self._sum_x / self.count, self._sum_y / self.count
-        gram = self._xx - torch.outer(self._sum_x, mean_x)
-        cross = self._xy - torch.outer(self._sum_x, mean_y)
+        moments = (self._sum_x, self._sum_y, self._xx, self._xy, self._yy, self._offset)
+        if self._xx.device.type == "mps":  # which has no eigenvalues
+            moments = tuple(moment.cpu() for moment in moments)
+        sum_x, sum_y, xx, xy, yy, offset = moments
+        mean_x, mean_y = sum_x / self.count, sum_y / self.count
+        gram = xx - torch.outer(sum_x, mean_x)
+        cross = xy - torch.outer(sum_x, mean_y)
         strength = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
         damped = gram + torch.diag(strength.expand(len(gram)))
         solution = torch.cholesky_solve(cross, torch.linalg.cholesky(damped))  # W, (d_in, d_out)
@@ -89,8 +93,8 @@ class Moments:
             lefts.append(leading)
             rights.append((solution[:, part] @ leading).T)
         left, right = torch.block_diag(*lefts), torch.cat(rights)
-        shift = mean_y - left @ (right @ (mean_x + self._offset))
+        shift = mean_y - left @ (right @ (mean_x + offset))
         # |y − ŷ|² about the means, where ŷ = left (right x)
         explained = 2 * (left * (cross.T @ right.T)).sum() - ((right @ gram) * (left.T @ left @ right)).sum()
-        left_over = self._yy - self.count * mean_y.square().sum() - explained
+        left_over = yy - self.count * mean_y.square().sum() - explained
         return LowRankMap(left, right, shift), max(0.0, float(left_over))

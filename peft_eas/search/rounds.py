@@ -107,5 +107,5 @@ class Rounds:
 
     def _pass_on(self) -> None:
         for names, step, losses in self._pending:
-            self.strategy.note_step(names, losses.double().mean().item(), step)
+            self.strategy.note_step(names, losses.cpu().double().mean().item(), step)
         self._pending = []
