@@ -554,7 +554,7 @@ def test_freeze_context_makes_sequences_independent_of_their_prompts(family, dev
 
 def test_freeze_context_before_any_training_is_warned_about(device):
     model = make_eas("llama", device, [0, 2], warm=False)
-    with pytest.warns(UserWarning, match=r"freeze_context\(\) .* in no training step.*stays zero"):
+    with pytest.warns(UserWarning, match=r"The context is frozen, .* in no training step.*stays zero"):
         model.freeze_context()
 
 
