@@ -13,7 +13,7 @@ from examples.recovery import __main__ as program
 from examples.recovery import fit_cost, scienceqa
 from examples.recovery.report import write_report
 from examples.recovery.runs import KEY, read_runs, run
-from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
+from examples.recovery.variants import LORA, NOTHING_SKIPPED, REFERENCES, VARIANTS
 from examples.shared import minilm
 from examples.shared.json_lines import append_line
 
@@ -25,9 +25,10 @@ def tiny_task(monkeypatch: pytest.MonkeyPatch, *_: object) -> minilm.Task:
 
 def test_every_variant_is_tuned_once_and_with_the_same_set_unless_it_searches(monkeypatch, tmp_path):
     task = tiny_task(monkeypatch)
-    run(task, [1, 2], list(VARIANTS), [0], tmp_path)
+    run(task, [1, 2], [*VARIANTS, *REFERENCES], [0], tmp_path)
     records = read_runs(tmp_path)
-    points = [(task.name, k, name, 0) for k in (1, 2) for name in VARIANTS] + [(task.name, 0, NOTHING_SKIPPED, 0)]
+    points = [(task.name, k, name, 0) for k in (1, 2) for name in VARIANTS]
+    points += [(task.name, 0, name, 0) for name in REFERENCES]
     assert [tuple(record[key] for key in KEY) for record in records] == points
     for k in (1, 2):
         sets = {record["variant"]: record["skipped"] for record in records if record["num_skip"] == k}
@@ -37,7 +38,7 @@ def test_every_variant_is_tuned_once_and_with_the_same_set_unless_it_searches(mo
     assert by_name["output adapter"]["trainable"] == by_name["fit, output adapter"]["trainable"]
     assert by_name["output adapter"]["trainable"] > by_name["identity"]["trainable"] == by_name["fit"]["trainable"]
     assert len({record["loss"] for record in by_name.values()}) == len(VARIANTS)
-    run(task, [1, 2], list(VARIANTS), [0], tmp_path)
+    run(task, [1, 2], [*VARIANTS, *REFERENCES], [0], tmp_path)
     assert read_runs(tmp_path) == records
 
 
@@ -47,7 +48,7 @@ def test_scienceqa_without_its_test_problems(monkeypatch, tmp_path):
     task = scienceqa.scienceqa_task(write_many(tmp_path / "data", num_val=12), steps=2, batch_size=4)
     problems = task.test.problems
     assert {problem.id for problem in problems} < {str(100 + i) for i in range(24, 36)}
-    run(task, [2], ["fit, output adapter"], [0], tmp_path)
+    run(task, [2], ["fit, output adapter", LORA], [0], tmp_path)
     for one in read_runs(tmp_path):
         assert one["accuracy"] * len(problems) == pytest.approx(round(one["accuracy"] * len(problems)), abs=1e-3)
         assert 0 < one["loss"] < 10

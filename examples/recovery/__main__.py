@@ -6,7 +6,8 @@
     python -m examples.recovery --report                             # only table and picture, from the finished runs
 
 A model is tuned with the same attentions skipped from the start, those that change least what passes them, for each of
-the variants in variants.py: same steps, same data, same seeds. The models are `minilm`, all-MiniLM-L6-v2 (6
+the variants in variants.py: same steps, same data, same seeds. They are held against the same adapters with nothing
+skipped, and against LoRA. The models are `minilm`, all-MiniLM-L6-v2 (6
 attentions) as a classifier of a bank's queries; `smollm2`, SmolLM2-135M (30), which writes the query's intent; and
 `smollm2-scienceqa`, the same, which names the letter of the right choice.
 
@@ -25,7 +26,7 @@ import transformers
 from examples.recovery.report import write_report
 from examples.recovery.runs import run
 from examples.recovery.scienceqa import scienceqa_task
-from examples.recovery.variants import VARIANTS
+from examples.recovery.variants import REFERENCES, VARIANTS
 from examples.shared.banking77 import banking77
 from examples.shared.minilm import load_queries, minilm_task
 from examples.shared.smollm2 import load_smollm2
@@ -70,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="BANKING77's folder, with train.csv")
     parser.add_argument("--scienceqa", type=Path, metavar="DIR", help="ScienceQA's folder, with problems.json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *REFERENCES], default=[*VARIANTS, *REFERENCES])
     parser.add_argument("--num-skip", nargs="+", type=int, help="(default: half, and more)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.recovery.runs import Record, read_runs
-from examples.recovery.variants import NOTHING_SKIPPED, VARIANTS
+from examples.recovery.variants import NOTHING_SKIPPED, REFERENCES, VARIANTS
 from examples.shared.measure import markdown_table
 
 FIRST = next(iter(VARIANTS))
@@ -35,21 +35,21 @@ def write_report(folder: Path) -> None:
 
 def _accuracies(runs: Sequence[Record], group: Group, variant: str) -> list[float]:
     """Of all seeds, in percent."""
-    point = (group[0], 0 if variant == NOTHING_SKIPPED else group[1], variant)
+    point = (group[0], 0 if variant in REFERENCES else group[1], variant)
     return [100 * run["accuracy"] for run in runs if (run["model"], run["num_skip"], run["variant"]) == point]
 
 
 def _table(runs: Sequence[Record], group: Group) -> str:
     whole, first = (_accuracies(runs, group, variant) for variant in (NOTHING_SKIPPED, FIRST))
     rows = [["", "accuracy", "won back", "loss", "trainable parameters", "seconds", "seeds"]]
-    for variant in (NOTHING_SKIPPED, *VARIANTS):
+    for variant in (*REFERENCES, *VARIANTS):
         values = _accuracies(runs, group, variant)
         if not values:
             continue
         own = [run for run in runs if run["variant"] == variant and run["num_skip"] in (0, group[1])]
         own = [run for run in own if run["model"] == group[0]]
         won = "—"
-        if whole and first and variant not in (NOTHING_SKIPPED, FIRST):
+        if whole and first and variant not in (*REFERENCES, FIRST):
             lost = statistics.mean(whole) - statistics.mean(first)
             won = f"{100 * (statistics.mean(values) - statistics.mean(first)) / lost:.0f} %" if lost > 0 else "—"
         losses = [run["loss"] for run in own if "loss" in run]
@@ -84,7 +84,7 @@ def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
     rows = -(-len(groups) // columns)
     size = (2 + 2.4 * columns, 0.5 + (0.9 + 0.3 * len(names)) * rows)
     figure, panels = pyplot.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    lines: list[Any] = []
+    lines: dict[str, Any] = {}
     for panel in panels.flat[len(groups) :]:
         panel.set_visible(False)
     for panel, group in zip(panels.flat, groups):
@@ -93,16 +93,16 @@ def draw(runs: Sequence[Record], groups: Sequence[Group], path: Path) -> None:
             panel.plot(values, [place] * len(values), "o", color="#56B4E9", zorder=3)
             if values:
                 panel.plot([statistics.mean(values)] * 2, [place - 0.3, place + 0.3], color="#0072B2", linewidth=2.2)
-        whole = _accuracies(runs, group, NOTHING_SKIPPED)
-        if whole:
-            line = panel.axvline(statistics.mean(whole), color="black", linestyle="--", label=NOTHING_SKIPPED)
-            lines = [line]
+        for name, style in zip(REFERENCES, ("--", ":")):
+            values = _accuracies(runs, group, name)
+            if values:
+                lines[name] = panel.axvline(statistics.mean(values), color="black", linestyle=style, label=name)
         panel.set_title(f"{MODELS.get(group[0], group[0])},\n{group[1]} skipped", fontsize=10)
         panel.set_xlabel("accuracy, %")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_yticks(range(len(names)), names)
     panels[0][0].invert_yaxis()
-    figure.legend(handles=lines, frameon=False, loc="outside lower center")
+    figure.legend(handles=list(lines.values()), ncols=2, frameon=False, loc="outside lower center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

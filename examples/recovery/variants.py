@@ -32,4 +32,5 @@ VARIANTS = {
     "searched: output adapter": replace(PAPER, output_r=32, is_searched=True),
     "searched: fit, output adapter": replace(PAPER, output_r=32, fit=True, is_searched=True),
 }
-NOTHING_SKIPPED = "nothing skipped"
+# What they are held against, in which nothing is skipped: the same adapters, and LoRA.
+NOTHING_SKIPPED, LORA = REFERENCES = "nothing skipped", "LoRA"
