@@ -130,6 +130,13 @@ class EASConfig(PeftConfig):
             "has no such projection, gets none."
         },
     )
+    ffn_r: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of the adapter in front of the FFN behind a kept MHA; 0 for no such adapter, as in the "
+            "paper. A mixture of experts gets none."
+        },
+    )
     groups: int = field(
         default=2,
         metadata={"help": "Diagonal blocks of the up-projections; divides the ranks and the model's width."},
@@ -258,11 +265,12 @@ class EASConfig(PeftConfig):
                 raise ValueError(f"EASConfig({name}={getattr(self, name)!r}): {name} must be {what}.")
 
         for name in (
-            *("r", "attention_r", "output_r", "groups", "paths", "num_skip", "scale", "router_temperature", "dropout"),
+            *("r", "attention_r", "output_r", "ffn_r", "groups", "paths", "num_skip"),
+            *("scale", "router_temperature", "dropout"),
             *BUDGETS,
         ):
             setattr(self, name, python_number(getattr(self, name)))
-        for name, least in (("r", 1), ("attention_r", 0), ("groups", 1), ("paths", 1)):
+        for name, least in (("r", 1), ("attention_r", 0), ("ffn_r", 0), ("groups", 1), ("paths", 1)):
             require(name, is_int(getattr(self, name), least), f"an integer of at least {least}")
         for name in ("r", "attention_r"):
             rank = getattr(self, name)

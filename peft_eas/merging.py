@@ -18,7 +18,7 @@ from .folding.fold import shift_before
 from .injection.checks import check_not_offloaded, check_whole
 from .injection.trained_tokens import check_tokens, merge_tokens, unload_tokens
 from .injection.tuner import InjectingTuner
-from .layers import AdaptedLayer, MHALayer, OutputLayer, RoutedLayer
+from .layers import AdaptedLayer, MHALayer, RoutedLayer
 from .reporting.provenance import origin
 from .runtime.adapter import RoutedAdapter
 from .runtime.forward import ADAPTER_NAME
@@ -72,7 +72,7 @@ class MergingTuner(InjectingTuner):
             context: "running", the default, folds the adapters with their running context. That is exact if the
                 context is frozen, or if there is none. "prompt", for an adapter with context="prompt", keeps the
                 adapters in front of the projections, as two thin factors that are computed once for each prompt. That
-                is exact for any batch. Output adapters, which read no context, are folded all the same.
+                is exact for any batch. Adapters that read no context, `output_r` and `ffn_r`, are folded all the same.
 
         Raises:
             TypeError: for a projection that is sharded, of another kind, or quantised in a way that cannot be written
@@ -108,7 +108,7 @@ class MergingTuner(InjectingTuner):
                     "is merged into. Call unmerge_adapter() first."
                 )
             facts = origin(self, name)
-            for key in ("r", "attention_r", "output_r", "trainable_parameters") if len(names) > 1 else ():
+            for key in ("r", "attention_r", "output_r", "ffn_r", "trainable_parameters") if len(names) > 1 else ():
                 facts[key] = sum(origin(self, other)[key] for other in names)
             if context == "prompt":
                 layers = [layer for layer in self._adapted_layers() if isinstance(layer, RoutedLayer)]
@@ -253,7 +253,7 @@ def record_with_adapters(
 ) -> tuple[dict[str, Any], dict[str, RoutedAdapter]]:
     """The record of a merge that keeps the adapters for each prompt's own context, and these, by name of their MHA.
 
-    Output adapters, which read no context, are folded.
+    Output adapters and those of kept MHAs' FFNs, which read no context, are folded.
     """
     record: dict[str, Any] = {"format": FORMAT, "context": "prompt", "skipped": {}, "biases": [], "adapters": {}}
     layers, kept = list(layers), {}
@@ -263,7 +263,7 @@ def record_with_adapters(
         adapter = layer.used_adapter(adapter_name)
         if adapter is None:
             continue
-        if isinstance(layer, OutputLayer):
+        if not isinstance(layer, RoutedLayer):
             _record_biases(record, model, layer)
             continue
         candidate, row = layer.candidate, layer.candidate.architecture

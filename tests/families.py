@@ -459,11 +459,18 @@ def output_r(family: Family, on_request: bool = False) -> int:
     return 4 * all(row.output_projection for mha, _, row in find_mhas(family.build()) if mha in names)
 
 
+@cache
+def ffn_r(family: Family, on_request: bool = False) -> int:
+    """A rank of adapters in front of kept MHAs' FFNs, or 0 where all of these are mixtures of experts."""
+    names = candidates(family, on_request)
+    return 4 * any(not row.experts for mha, _, row in find_mhas(family.build()) if mha in names)
+
+
 def make(family: Family, skip: str | None, context: str = "running", on_request: bool = False, **options) -> PeftModel:
     """The family's model with adapters that are not the identity, and running contexts that have seen two batches."""
     names = candidates(family, on_request)
     defaults = {"r": 8, "attention_r": 4, "dropout": 0.0, "init_weights": False, "task_type": family.task_type}
-    defaults["output_r"] = output_r(family, on_request)
+    defaults |= {"output_r": output_r(family, on_request), "ffn_r": ffn_r(family, on_request)}
     torch.manual_seed(1)
     config = EASConfig(
         **{**defaults, **options},

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from peft_eas import EASConfig, eas_summary
-from peft_eas.layers import OutputAdapter, OutputLayer
+from peft_eas.layers import LowRankAdapter, OutputLayer
 
 SKIP = ["model.layers.1.self_attn", "model.layers.3.self_attn"]
 
@@ -24,7 +24,7 @@ def llama(**options) -> PeftModel:
 
 
 def test_the_formula():
-    adapter = OutputAdapter(d_ffn=3, d=2, r=1, scale=2.0)
+    adapter = LowRankAdapter(d_in=3, d=2, r=1, scale=2.0)
     with torch.no_grad():
         adapter.down.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
         adapter.up.weight.copy_(torch.tensor([[1.0], [-1.0]]))
@@ -34,7 +34,7 @@ def test_the_formula():
 
 
 def test_dropout_acts_in_training_alone():
-    adapter = OutputAdapter(8, 4, 4, dropout=0.5, init_weights=False)
+    adapter = LowRankAdapter(8, 4, 4, dropout=0.5, init_weights=False)
     h = torch.randn(16, 8)
     torch.manual_seed(0)
     assert not torch.equal(adapter(h), adapter(h))

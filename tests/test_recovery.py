@@ -37,6 +37,7 @@ def test_every_variant_is_tuned_once_and_with_the_same_set_unless_it_searches(mo
     by_name = {record["variant"]: record for record in records if record["num_skip"] == 1}
     assert by_name["output adapter"]["trainable"] == by_name["fit, output adapter"]["trainable"]
     assert by_name["output adapter"]["trainable"] > by_name["identity"]["trainable"] == by_name["fit"]["trainable"]
+    assert by_name["fit, output adapter, FFN adapter"]["trainable"] > by_name["fit, output adapter"]["trainable"]
     assert len({record["loss"] for record in by_name.values()}) == len(VARIANTS)
     run(task, [1, 2], [*VARIANTS, *REFERENCES], [0], tmp_path)
     assert read_runs(tmp_path) == records

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..architectures import has_path
 from ..config import EASConfig
 from ..folding.offloaded import execution_device
-from ..layers import AdaptedLayer, EASLayer, MHALayer
+from ..layers import AdaptedLayer, EASLayer
 from ..runtime.forward import ADAPTER_NAME
 from .targets import HEADS_OF_TASKS, Targets, block_width, is_merged, matches, shorten, skippable_mhas
 
@@ -116,8 +116,8 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
 
     Raises:
         ValueError: if the adapter was made for another shape or is for a task that the model is not for, if `groups`
-            does not divide a width, if an output adapter has no place, if the model computes its FFN in chunks, or if
-            it was merged already and has kept its adapters.
+            does not divide a width, if an output adapter or one in front of a kept MHA's FFN has no place, if the
+            model computes its FFN in chunks, or if it was merged already and has kept its adapters.
     """
     if any(f"{ADAPTER_NAME}_" in name for name, _ in model.named_modules()):
         raise ValueError(
@@ -168,6 +168,11 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
             f"output_r={config.output_r}: the row of {name} in the table of architectures names {path!r} as the "
             f"projection that writes the FFN's output, but {block_name or name} has no such module. Set "
             f"output_projection in ARCHITECTURES[{name!r}], or leave output_r out."
+        )
+    if config.ffn_r and all(row.experts for _, row in targets.values()):
+        raise ValueError(
+            f"ffn_r={config.ffn_r} asks for adapters in front of the FFNs behind kept MHAs, but all of this model are "
+            "mixtures of experts, which get none. Leave ffn_r out."
         )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
     if chunk_size:
@@ -223,7 +228,7 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
     stood_for = {
         (layers[path].candidate, name)
         for (path, name), tensors in weights.items()
-        if tensors and not isinstance(layers[path], MHALayer)
+        if tensors and layers[path].stands_for_skipped
     }
     placed = {f"{path}{name}.{key}" for (path, name), tensors in weights.items() for key in tensors}
     problems = [
@@ -234,7 +239,7 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
     for (path, name), tensors in weights.items():
         layer = layers[path]
         is_fixed = layer.candidate.configs[name].skipped_modules is not None
-        stands_in = (layer.candidate, name) in stood_for and not isinstance(layer, MHALayer)
+        stands_in = (layer.candidate, name) in stood_for and layer.stands_for_skipped
         if tensors or stands_in or (is_fixed and name in loaded):
             problems += _misfits(layer.adapters[name].state_dict(), tensors, f"{path}{name}.")
     if problems:

@@ -10,7 +10,17 @@ from torch import nn
 
 from ..architectures import at_path, join, rows_of
 from ..config import EASConfig
-from ..layers import AdaptedLayer, Candidate, EASLayer, FFNLayer, MHALayer, NormLayer, OutputAdapter, OutputLayer
+from ..layers import (
+    AdaptedLayer,
+    Candidate,
+    EASLayer,
+    FFNLayer,
+    KeptFFNLayer,
+    LowRankAdapter,
+    MHALayer,
+    NormLayer,
+    OutputLayer,
+)
 from ..runtime.adapter import RoutedAdapter
 from ..runtime.prompt_hook import PromptHook
 from ..runtime.skipped import slot_of
@@ -49,7 +59,7 @@ class InjectingTuner(BaseTuner):
         waiting, seen = [self.model], set()
         while waiting:
             module = waiting.pop()
-            if module in seen or isinstance(module, (RoutedAdapter, OutputAdapter)):  # in which there are none
+            if module in seen or isinstance(module, (RoutedAdapter, LowRankAdapter)):  # in which there are none
                 continue
             seen.add(module)
             if isinstance(module, EASLayer):
@@ -100,6 +110,7 @@ class InjectingTuner(BaseTuner):
         present = {layer.candidate.name: layer.candidate for layer in self._layers()}
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_name_is_free(name, peft_config, present)
+        self._check_wrappers(peft_config)
         check_trained_tokens(peft_config, model)
         warn_of_untrained_head(peft_config, model)
         peft_config.output_r = output_rank(peft_config, model, targets)
@@ -142,6 +153,17 @@ class InjectingTuner(BaseTuner):
                 "out with unload() first."
             )
 
+    def _check_wrappers(self, config: EASConfig) -> None:
+        """Raises where another adapter's weights would change their names, which tell the wrappers of an FFN."""
+        layers = list(self._layers())
+        has_inner = any(isinstance(layer, KeptFFNLayer) for layer in layers)
+        if layers and has_inner != bool(config.ffn_r):
+            others = "adapters at" if has_inner else "no adapters at"
+            raise ValueError(
+                f"ffn_r={config.ffn_r} was received, but the model has had an EAS adapter with {others} kept MHAs' "
+                "FFNs. All of one model have them, or none: give each an ffn_r above 0, or leave it out everywhere."
+            )
+
     def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
         # PEFT knows nothing of kept_modules.
         return key in self._targets or super()._check_target_module_exists(peft_config, key)
@@ -172,11 +194,15 @@ class InjectingTuner(BaseTuner):
         for other in self._candidates.values():  # of one FFN's wrappers none is left out, so that weights keep names
             if other.block == candidate.block and other.architecture.ffn == row.ffn:
                 wrappers.append((other, row.ffn, FFNLayer))
+                if peft_config.ffn_r and not row.experts:
+                    wrappers.append((other, row.ffn, KeptFFNLayer))
                 if peft_config.output_r and row.output_projection is not None:
                     wrappers.append((other, row.output_projection, OutputLayer))
         for owner, path, wrapper in wrappers:
             parent, child = _place(block, path)
-            layer = _wrapper_of(owner, getattr(parent, child))
+            layer = _wrapper_of(owner, getattr(parent, child), wrapper)
+            while layer is None and wrapper is KeptFFNLayer and isinstance(getattr(parent, child), FFNLayer):
+                parent, child = getattr(parent, child), "base_layer"
             if layer is None:
                 layer = wrapper(getattr(parent, child), owner)
                 layer.set_adapter(self.active_adapters)
@@ -237,7 +263,7 @@ class InjectingTuner(BaseTuner):
 def _mha_of(path: str, mhas: Targets) -> str:
     """The MHA that weights at `path` belong to, if that is an FFN or its output projection.
 
-    Each wrapper of these stands for one MHA.
+    Each wrapper of these stands for one MHA; an FFN has one of every MHA, and inside of these maybe as many again.
     """
     module, depth = path, 0
     while module.endswith(_INSIDE):
@@ -248,7 +274,7 @@ def _mha_of(path: str, mhas: Targets) -> str:
         for mha, (block, row) in mhas.items()
         if module in [join(block, part) for part in (row.ffn, row.output_projection) if part is not None]
     ]
-    return behind[-1 - depth] if depth < len(behind) else path
+    return behind[-1 - depth % len(behind)] if behind else path
 
 
 def _place(block: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -260,10 +286,10 @@ def _place(block: nn.Module, path: str) -> tuple[nn.Module, str]:
     return parent, child
 
 
-def _wrapper_of(candidate: Candidate, layer: nn.Module) -> EASLayer | None:
-    """The wrapper among `layer` and those inside it that is `candidate`'s, or None."""
+def _wrapper_of(candidate: Candidate, layer: nn.Module, kind: type[EASLayer]) -> EASLayer | None:
+    """The wrapper of a kind among `layer` and those inside it that is `candidate`'s, or None."""
     while isinstance(layer, EASLayer):
-        if layer.candidate is candidate:
+        if layer.candidate is candidate and isinstance(layer, kind):
             return layer
         layer = layer.base_layer
     return None

@@ -1,12 +1,14 @@
 """What the wrappers have in common that hold adapters: which is in use, and its fold."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from ..architectures import at_path
 from ..config import EASConfig
 from ..folding.fold import (
     ExpertWeights,
@@ -55,6 +57,15 @@ class AdaptedLayer(EASLayer):
     @abstractmethod
     def projections(self) -> dict[str, nn.Module | ExpertWeights]:
         """By name within the block, the projections that the adapter is folded into."""
+
+    def projections_within(self, root: str, names: Iterable[str]) -> dict[str, nn.Module | ExpertWeights]:
+        """The projections at the paths `names` within the block, of which what is wrapped is at `root`."""
+        transposed = self.candidate.architecture.transposed
+        found = {name: at_path(self.wrapped, name.removeprefix(root).removeprefix(".")) for name in names}
+        return {
+            name: ExpertWeights(module, name in transposed) if isinstance(module, nn.Parameter) else module
+            for name, module in found.items()
+        }
 
     @abstractmethod
     def rank(self, config: EASConfig) -> int:

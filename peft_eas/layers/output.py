@@ -1,61 +1,25 @@
 """The wrapper around the projection that writes an FFN's output, and the adapter beside it."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..config import EASConfig
 from ..folding.fold import LowRankMap, added, features
 from ..folding.offloaded import offload_hook
-from ..runtime.adapter import Affine
 from .adapted import AdaptedLayer
 from .candidate import Candidate
-
-
-class OutputAdapter(nn.Module):
-    """What the FFN behind a skipped MHA writes besides its own output, so as to write what the MHA wrote.
-
-    For h of shape (…, d_ffn), which the FFN's output projection (W, b) reads:
-
-        y = W h + b + s (B dropout(A h) + c)
-
-    Submodules: `down` (A), of shape (r, d_ffn), and `up` (B, c), of shapes (d, r) and (d,). PIA changes what the FFN
-    reads, this adapter what it writes; it is no part of the paper. It reads no context, so that its fold,
-    W' = W + s B A and b' = b + s c, is exact for every prompt.
-
-    Args:
-        d_ffn, d: widths of what the projection reads and writes. r: rank. scale: s. dropout: probability with which a
-            bottleneck unit is dropped in training.
-        init_weights: True: B and c start at zero, so that nothing is added. False: they are random.
-    """
-
-    def __init__(
-        self, d_ffn: int, d: int, r: int, scale: float = 1.0, dropout: float = 0.0, init_weights: bool = True
-    ) -> None:
-        super().__init__()
-        self.scale = scale
-        self.down = nn.Parameter(torch.empty(r, d_ffn))
-        self.up = Affine(r, d)
-        self.dropout = nn.Dropout(dropout)
-        nn.init.xavier_uniform_(self.down)
-        if init_weights:
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """What is added, of shape (…, d), in the adapter's own dtype, for h of shape (…, d_ffn)."""
-        return self.scale * self.up(self.dropout(F.linear(h.to(self.down.dtype), self.down)))
-
-    @torch.no_grad()
-    def low_rank_map(self) -> LowRankMap:
-        """What it adds, in evaluation mode, as left (right h) + shift."""
-        up, bias = self.up.weight.float(), self.up.bias.float()
-        return LowRankMap(self.scale * up, self.down.float(), self.scale * bias)
+from .low_rank import LowRankAdapter
 
 
 class OutputLayer(AdaptedLayer):
     """Around an FFN's output projection: adds what the output adapter writes where the block's MHA is skipped.
 
+    For h of shape (…, d_ffn), which the projection (W, b) reads:
+
+        y = W h + b + s (B dropout(A h) + c)
+
+    PIA changes what the FFN reads, this adapter what it writes, so as to write what the MHA wrote. It folds as
+    W' = W + s B A and b' = b + s c.
     If several MHAs stand in front of one FFN, it has a wrapper for each, nested; what they add is summed up.
     """
 
@@ -75,9 +39,9 @@ class OutputLayer(AdaptedLayer):
         """As above."""
         return config.output_r
 
-    def new_adapter(self, config: EASConfig, width: int) -> OutputAdapter:
+    def new_adapter(self, config: EASConfig, width: int) -> LowRankAdapter:
         """As above."""
-        return OutputAdapter(
+        return LowRankAdapter(
             *features(self.wrapped),
             config.output_r,
             scale=config.scale,

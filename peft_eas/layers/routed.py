@@ -5,7 +5,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..architectures import at_path
 from ..config import EASConfig
 from ..folding.fold import ExpertWeights, LowRankMap, added, low_rank_map
 from ..runtime.adapter import InputAdapter, RoutedAdapter
@@ -23,12 +22,8 @@ class RoutedLayer(AdaptedLayer):
     def projections(self) -> dict[str, nn.Module | ExpertWeights]:
         """By name within the block, the projections that read what the adapter returns."""
         row = self.candidate.architecture
-        root, names = (row.ffn, row.ffn_projections) if self.stands_for_skipped else (row.mha, row.mha_projections)
-        found = {name: at_path(self.wrapped, name.removeprefix(root).removeprefix(".")) for name in names}
-        return {
-            name: ExpertWeights(module, name in row.transposed) if isinstance(module, nn.Parameter) else module
-            for name, module in found.items()
-        }
+        of_ffn = self.stands_for_skipped
+        return self.projections_within(*((row.ffn, row.ffn_projections) if of_ffn else (row.mha, row.mha_projections)))
 
     def new_adapter(self, config: EASConfig, width: int) -> RoutedAdapter:
         """As above."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..evaluation import from_all_ranks
 from ..folding.fold import LowRankMap, exact
-from ..layers import Candidate, OutputAdapter
+from ..layers import Candidate, LowRankAdapter
 from ..runtime.adapter import RoutedAdapter
 from .recorder import Seen
 from .regression import Moments
@@ -14,7 +14,7 @@ from .regression import Moments
 class AdapterFit:
     """The fit of one MHA's adapters: of PIA first, and of the output adapter behind it."""
 
-    def __init__(self, candidate: Candidate, adapter_name: str, pia: RoutedAdapter, output: OutputAdapter | None):
+    def __init__(self, candidate: Candidate, adapter_name: str, pia: RoutedAdapter, output: LowRankAdapter | None):
         self.candidate, self.adapter_name, self.pia, self.output = candidate, adapter_name, pia, output
         self.left_over = 1.0
         self.count = 0
@@ -63,7 +63,7 @@ class AdapterFit:
 
 def is_in_parts(adapter: nn.Module) -> bool:
     """Whether only a part of an adapter lies on this rank, as DeepSpeed's ZeRO-3 and FSDP1 have it."""
-    affine = adapter.up if isinstance(adapter, OutputAdapter) else adapter.token_down
+    affine = adapter.up if isinstance(adapter, LowRankAdapter) else adapter.token_down
     return affine.weight.shape != (affine.out_features, affine.in_features)
 
 
@@ -85,7 +85,7 @@ def _set_routed(adapter: RoutedAdapter, update: LowRankMap) -> None:
 
 
 @exact
-def _set_output(adapter: OutputAdapter, update: LowRankMap) -> None:
+def _set_output(adapter: LowRankAdapter, update: LowRankMap) -> None:
     left, right = _balanced(update, adapter.down)
     _write(adapter.down, right)
     _write(adapter.up.weight, left / adapter.scale)

@@ -204,7 +204,8 @@ def _ranks(facts: dict[str, Any]) -> str:
         return ""
     kept = f"{facts['attention_r']} for a kept one" if facts["attention_r"] else "no adapter for a kept one"
     beside = f" and {facts['output_r']} beside its FFN's output" if facts.get("output_r") else ""
-    return f"{facts['r']} for a skipped attention{beside}, {kept}"
+    before = f" and {facts['ffn_r']} in front of its FFN" if facts.get("ffn_r") else ""
+    return f"{facts['r']} for a skipped attention{beside}, {kept}{before}"
 
 
 def _kept(facts: dict[str, Any]) -> str:

@@ -66,6 +66,7 @@ def origin(eas: BaseTuner, adapter_name: str) -> dict[str, Any]:
         "r": config.r,
         "attention_r": config.attention_r,
         "output_r": config.output_r,
+        "ffn_r": config.ffn_r,
         "paths": config.paths,
         "context": config.context,
         "trainable_parameters": sum(map(_size, _parameters_of(eas, adapter_name))),
@@ -75,7 +76,7 @@ def origin(eas: BaseTuner, adapter_name: str) -> dict[str, Any]:
 
 def added_parameters(model: nn.Module) -> set[int]:
     """Ids of what EAS has added: adapters, copies of `modules_to_save` and of tokens, biases from a fold in place."""
-    added = re.compile(r"\.(eas_input|eas_pia|eas_output|modules_to_save|trainable_tokens_delta)\.")
+    added = re.compile(r"\.(eas_input|eas_pia|eas_output|eas_ffn|modules_to_save|trainable_tokens_delta)\.")
     ids = {id(parameter) for name, parameter in model.named_parameters() if added.search(f".{name}")}
     layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
     return ids | {

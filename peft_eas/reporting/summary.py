@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Architecture, at_path, find_mhas, join
 from ..folding.fold import features
 from ..injection.targets import block_width, matches
-from ..layers import AdaptedLayer, FFNLayer, MHALayer, OutputLayer
+from ..layers import AdaptedLayer, FFNLayer, KeptFFNLayer, MHALayer, OutputLayer
 from ..runtime.record import relative_name
 from ..runtime.skipped import SkippedMHA
 from ..values import is_int
@@ -81,7 +81,8 @@ class _MHA:
         row: Architecture,
         context_length: int | None,
         added: set[int],
-        has_output_adapters: bool,
+        output_r: int | None,
+        ffn_r: int | None,
     ) -> None:
         block = model.get_submodule(block_name)
         own = image_tokens(model, block_name) if row.kind == "vision" else None
@@ -89,22 +90,30 @@ class _MHA:
         self.context_length = context_length or own or _CONTEXT_LENGTH
         self.name, self.block_name, self.kind = name, block_name, row.kind
         self.ffn_name = join(block_name, row.ffn)
-        has_output = has_output_adapters and row.output_projection is not None
+        has_output, has_ffn = bool(output_r) and row.output_projection is not None, bool(ffn_r) and not row.experts
         self.output_name = join(block_name, row.output_projection) if has_output else None
         # A wrapper lets the attributes of what it wraps shine through.
         self.mha, self.ffn = at_path(block, row.mha), at_path(block, row.ffn)
         self.parameters = self.deleted_parameters = self.product_flops = self.flops = 0
-        self.biases = self.ffn_biases = 0
+        self.kept_ffn_name = self.ffn_name if has_ffn else None
+        # By the wrapper that gives them: the module they are in, and how many.
+        self.new_biases: dict[type[AdaptedLayer], tuple[str | None, int]] = {}
+        self.more_biases = 0  # if it were skipped
         self.is_deleted = isinstance(getattr(self.mha, "base_layer", self.mha), SkippedMHA)
         if self.is_deleted:
             return
         inputs = [at_path(block, path) for path in row.mha_projections]
-        self.biases = _missing_biases(inputs, added)
         # Experts have no biases; one vector in front of them takes their place.
         ffn_inputs = () if row.experts else (at_path(block, path) for path in row.ffn_projections)
-        self.ffn_biases = block_width(model, block_name, row) if row.experts else _missing_biases(ffn_inputs, added)
-        if has_output:
-            self.ffn_biases += _missing_biases([at_path(block, row.output_projection)], added)
+        before = block_width(model, block_name, row) if row.experts else _missing_biases(ffn_inputs, added)
+        beside = _missing_biases([at_path(block, row.output_projection)], added) if has_output else 0
+        self.new_biases = {
+            MHALayer: (self.name, _missing_biases(inputs, added)),
+            FFNLayer: (self.ffn_name, before),
+            KeptFFNLayer: (self.ffn_name, before),
+            OutputLayer: (self.output_name, beside),
+        }
+        self.more_biases = beside if has_ffn else before + beside
         kept = size_of(at_path(block, row.kept_norm), added) if row.kept_norm else 0
         self.parameters = size_of(self.mha, added) - kept
         norms = (at_path(block, path) for path in row.deleted_norms)
@@ -126,7 +135,7 @@ class _MHA:
         common = (self.name, state, score, self.parameters, adapter_parameters)
         if state in ("skipped", "deleted"):
             return SummaryRow(*common, self.deleted_parameters - added, self.flops - added_flops)
-        return SummaryRow(*common, self.deleted_parameters - self.ffn_biases, self.flops, added, added_flops)
+        return SummaryRow(*common, self.deleted_parameters - self.more_biases, self.flops, added, added_flops)
 
 
 def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
@@ -136,9 +145,9 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
     adapter_name = next(iter(layers.values())).active_adapters[0]
     config = next(filter(None, (layer.candidate.configs.get(adapter_name) for layer in layers.values())))
     scores, added = config.current_scores or {}, added_parameters(model)
-    parts = [_MHA(model, *found, context_length, added, bool(config.output_r)) for found in find_mhas(model)]
+    parts = [_MHA(model, *found, context_length, added, config.output_r, config.ffn_r) for found in find_mhas(model)]
     rows: list[SummaryRow] = []
-    ffns_with_biases: set[str] = set()  # one FFN may stand behind several MHAs
+    counted: set[str | None] = set()  # one FFN may stand behind several MHAs
     for part in parts:
         score, mha = scores.get(part.name), layers.get((MHALayer, part.name))
         if part.is_deleted:
@@ -150,14 +159,15 @@ def _of_unmerged(model: nn.Module, context_length: int | None) -> Summary:
             is_skipped = adapter_name in mha.candidate.skipped_by
             is_never_skipped = adapter_name in mha.candidate.kept_by
             state = "skipped" if is_skipped else "never skipped" if is_never_skipped else "kept"
-            own = (FFNLayer, OutputLayer) if is_skipped else (MHALayer,)
-            own = [layers[kind, part.name] for kind in own if (kind, part.name) in layers]
-            adapters = [adapter for layer in own if (adapter := layer.used_adapter(adapter_name)) is not None]
-            biases = part.biases
-            if is_skipped:
-                biases = 0 if part.ffn_name in ffns_with_biases else part.ffn_biases
-                ffns_with_biases.add(part.ffn_name)
-            rows.append(part.summarized(state, score, sum(map(size_of, adapters)), biases if adapters else 0))
+            adapters, biases = [], 0
+            for kind, (place, number) in part.new_biases.items():
+                layer = layers.get((kind, part.name))
+                adapter = layer and layer.used_adapter(adapter_name)
+                if adapter is not None:
+                    adapters.append(adapter)
+                    biases += 0 if place in counted else number
+                    counted.add(place)
+            rows.append(part.summarized(state, score, sum(map(size_of, adapters)), biases))
     rows = [replace(row, fit_error=(config.fit_errors or {}).get(row.name)) for row in rows]
     search = SearchResult.of(getattr(config, "search", None))
     return _summary(model, rows, parts, size_of(model, added), search)
@@ -167,7 +177,8 @@ def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
     record = model.config.eas
     facts, base = record.get("origin") or {}, _before_merge(model)
     scores = facts.get("scores") or {}
-    parts = [_MHA(base, *found, context_length, set(), bool(facts.get("output_r"))) for found in find_mhas(base)]
+    ranks = facts.get("output_r"), facts.get("ffn_r")
+    parts = [_MHA(base, *found, context_length, set(), *ranks) for found in find_mhas(base)]
     rows: list[SummaryRow] = []
     compared: set[str] = set()
     for part in parts:
@@ -188,7 +199,7 @@ def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
             adapter = model.get_submodule(prefix + join(entry["block"], entry["name"]))
             # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
             adapter_size, adapter_flops = size_of(adapter), 2 * 2 * adapter.token_down.weight.numel()
-        paths = [part.ffn_name, part.output_name] if is_deleted else [part.name]
+        paths = [part.ffn_name, part.output_name] if is_deleted else [part.name, part.kept_ffn_name]
         grown = 0
         for path in paths:
             # One FFN may stand behind several MHAs, and have its output projection within.

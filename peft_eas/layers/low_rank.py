@@ -1,0 +1,46 @@
+"""The adapter of low rank that reads no context."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..folding.fold import LowRankMap
+from ..runtime.adapter import Affine
+
+
+class LowRankAdapter(nn.Module):
+    """What is added to an FFN's output or input, by what its output projection or the FFN itself reads:
+
+        s (B dropout(A h) + c)        for h of shape (…, d_in)
+
+    Submodules: `down` (A), of shape (r, d_in), and `up` (B, c), of shapes (d, r) and (d,). It is no part of the paper.
+    It reads no context, so that its fold is exact for every prompt.
+
+    Args:
+        d_in, d: widths of what it reads and adds to. r: rank. scale: s. dropout: probability with which a bottleneck
+            unit is dropped in training.
+        init_weights: True: B and c start at zero, so that nothing is added. False: they are random.
+    """
+
+    def __init__(
+        self, d_in: int, d: int, r: int, scale: float = 1.0, dropout: float = 0.0, init_weights: bool = True
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down = nn.Parameter(torch.empty(r, d_in))
+        self.up = Affine(r, d)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.down)
+        if init_weights:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """What is added, of shape (…, d), in the adapter's own dtype, for h of shape (…, d_in)."""
+        return self.scale * self.up(self.dropout(F.linear(h.to(self.down.dtype), self.down)))
+
+    @torch.no_grad()
+    def low_rank_map(self) -> LowRankMap:
+        """What it adds, in evaluation mode, as left (right h) + shift."""
+        up, bias = self.up.weight.float(), self.up.bias.float()
+        return LowRankMap(self.scale * up, self.down.float(), self.scale * bias)
