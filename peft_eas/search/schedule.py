@@ -7,8 +7,8 @@ from ..strategies import STRATEGIES, Strategy
 from ..strategies.bandit import check_search_values
 from ..values import is_int
 
-# Without `interval`, the most steps from one round of rewards to the next. Three sets in 32 steps take about 4 % of
-# the time, as a forward pass takes nearly half of a training step where the base is frozen.
+# Without `interval`, the most steps from one round of rewards to the next. Three sets in 32 steps make a small model's
+# steps 7 % longer (examples/benchmark/search_cost.py): a forward pass takes nearly half of one with a frozen base.
 LONGEST_INTERVAL = 32
 
 # Without `interval`, a search has at least so many rounds, and tries so many sets for each candidate, if it has the
