@@ -6,13 +6,11 @@ import torch
 from torch import nn
 
 from ..config import EASConfig
-from ..folding.fold import LowRankMap, added
-from .adapted import AdaptedLayer
 from .candidate import Candidate
-from .low_rank import LowRankAdapter
+from .low_rank import LowRankLayer
 
 
-class KeptFFNLayer(AdaptedLayer):
+class KeptFFNLayer(LowRankLayer):
     """Around an FFN, inside of every `FFNLayer`: adds to what the FFN reads where the block's MHA is kept.
 
         z' = z + s (B dropout(A z) + c)
@@ -38,20 +36,9 @@ class KeptFFNLayer(AdaptedLayer):
         """As above."""
         return config.ffn_r
 
-    def new_adapter(self, config: EASConfig, width: int) -> LowRankAdapter:
+    def widths(self, width: int) -> tuple[int, int]:
         """As above."""
-        return LowRankAdapter(
-            width,
-            width,
-            config.ffn_r,
-            scale=config.scale,
-            dropout=config.dropout,
-            init_weights=config.init_weights,
-        )
-
-    def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
-        """As above."""
-        return added([adapter.low_rank_map() for adapter in self.used_adapters(adapter_names)])
+        return width, width
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the FFN does."""

@@ -1,11 +1,15 @@
-"""The adapter of low rank that reads no context."""
+"""The adapter of low rank that reads no context, and what its wrappers have in common."""
+
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..folding.fold import LowRankMap
+from ..config import EASConfig
+from ..folding.fold import LowRankMap, added
 from ..runtime.adapter import Affine
+from .adapted import AdaptedLayer
 
 
 class LowRankAdapter(nn.Module):
@@ -44,3 +48,20 @@ class LowRankAdapter(nn.Module):
         """What it adds, in evaluation mode, as left (right h) + shift."""
         up, bias = self.up.weight.float(), self.up.bias.float()
         return LowRankMap(self.scale * up, self.down.float(), self.scale * bias)
+
+
+class LowRankLayer(AdaptedLayer):
+    """A wrapper whose adapters are `LowRankAdapter`s."""
+
+    @abstractmethod
+    def widths(self, width: int) -> tuple[int, int]:
+        """Of what the adapter reads and adds to, in a model of width `width`."""
+
+    def new_adapter(self, config: EASConfig, width: int) -> LowRankAdapter:
+        """As above."""
+        options = {"scale": config.scale, "dropout": config.dropout, "init_weights": config.init_weights}
+        return LowRankAdapter(*self.widths(width), self.rank(config), **options)
+
+    def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
+        """As above."""
+        return added([adapter.low_rank_map() for adapter in self.used_adapters(adapter_names)])

@@ -4,14 +4,13 @@ import torch
 from torch import nn
 
 from ..config import EASConfig
-from ..folding.fold import LowRankMap, added, features
+from ..folding.fold import features
 from ..folding.offloaded import offload_hook
-from .adapted import AdaptedLayer
 from .candidate import Candidate
-from .low_rank import LowRankAdapter
+from .low_rank import LowRankLayer
 
 
-class OutputLayer(AdaptedLayer):
+class OutputLayer(LowRankLayer):
     """Around an FFN's output projection: adds what the output adapter writes where the block's MHA is skipped.
 
     For h of shape (…, d_ffn), which the projection (W, b) reads:
@@ -39,19 +38,9 @@ class OutputLayer(AdaptedLayer):
         """As above."""
         return config.output_r
 
-    def new_adapter(self, config: EASConfig, width: int) -> LowRankAdapter:
+    def widths(self, width: int) -> tuple[int, int]:
         """As above."""
-        return LowRankAdapter(
-            *features(self.wrapped),
-            config.output_r,
-            scale=config.scale,
-            dropout=config.dropout,
-            init_weights=config.init_weights,
-        )
-
-    def low_rank_map(self, adapter_names: list[str]) -> LowRankMap | None:
-        """As above."""
-        return added([adapter.low_rank_map() for adapter in self.used_adapters(adapter_names)])
+        return features(self.wrapped)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As above."""
