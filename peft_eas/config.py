@@ -44,8 +44,8 @@ def _with_fields_explained(config_class: type) -> type:
 class EASConfig(PeftConfig):
     """Configuration of an [`EASModel`]: which MHAs may be skipped, how many, and what stands in their place.
 
-    Source: Wu et al., arXiv 2403.15226; the defaults are the released values for a width of 4096, but for `output_r`,
-    which the paper does not have.
+    Source: Wu et al., arXiv 2403.15226; the defaults are the released values for a width of 4096, but for `output_r`
+    and `ffn_r`, which the paper does not have.
 
     Raises:
         ValueError: for a value out of range and for fields that contradict each other.
@@ -278,8 +278,8 @@ class EASConfig(PeftConfig):
         is_rank = self.output_r is None or is_int(self.output_r, 0)
         require("output_r", is_rank, "an integer of at least 0, or None")
         if self.kept_modules:
-            what = "at least 1 with kept_modules, whose MHAs have no other adapter; else name them in exclude_modules"
-            require("attention_r", self.attention_r > 0, what)
+            what = "at least 1 with kept_modules, unless ffn_r is, or these have no adapter; or use exclude_modules"
+            require("attention_r", self.attention_r > 0 or self.ffn_r > 0, what)
         require("scale", is_finite(self.scale), "a finite number")
         require(
             "router_temperature",

@@ -9,7 +9,7 @@ import torch
 from conftest import build_model, difference, make_inputs
 from families import ARCHITECTURES
 from peft import PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from peft_eas import EASConfig, EASSearch, eas_summary
@@ -235,8 +235,6 @@ def test_bad_ranks(value):
 def test_weights_of_another_rank_are_refused(tmp_path):
     llama(init_weights=False, context="running").save_pretrained(tmp_path)
     other = llama(output_r=2)
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
-
     with pytest.raises(ValueError, match=r"eas_output\.default\.down has shape \(4, \d+\) instead of \(2, \d+\)"):
         set_peft_model_state_dict(other, load_peft_weights(str(tmp_path)))
 
@@ -269,11 +267,27 @@ def test_what_it_adds():
 def test_one_model_has_them_in_all_its_adapters_or_in_none(first, second):
     model, inputs = llama(ffn_r=first, init_weights=False, context="running"), make_inputs("llama", "cpu")
     expected, names = model(**inputs).logits, [name for name, _ in model.named_parameters()]
-    with pytest.raises(ValueError, match=f"ffn_r={second} was received, but the model has had an EAS adapter with"):
+    with pytest.raises(ValueError, match=f"ffn_r={second} was received, but the model has been given an EAS adapter"):
         model.add_adapter("second", EASConfig(skipped_modules=SKIP, ffn_r=second))
     assert list(model.peft_config) == ["default"]
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_weights_without_them_are_refused():
+    state = get_peft_model_state_dict(llama(init_weights=False, skipped_modules=None, num_skip=2, ffn_r=4))
+    other = llama(init_weights=False, skipped_modules=None, num_skip=2, ffn_r=4)
+    with pytest.raises(ValueError, match=r"eas_ffn\.default\.\S+ is missing.* EASConfig\(output_r=0, ffn_r=0\)"):
+        set_peft_model_state_dict(other, {key: value for key, value in state.items() if ".eas_ffn." not in key})
+
+
+def test_an_mha_that_is_never_skipped_may_have_it_alone():
+    model = llama(skipped_modules=None, num_skip=1, attention_r=0, ffn_r=4, kept_modules=KEPT[:1])
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".layers.0." in name]
+    assert len(names) == 3
+    assert all(".eas_ffn." in name for name in names)
+    with pytest.raises(ValueError, match="at least 1 with kept_modules, unless ffn_r is"):
+        EASConfig(num_skip=1, attention_r=0, kept_modules=KEPT[:1])
 
 
 def test_several_are_added_up():
@@ -320,6 +334,20 @@ def test_the_summary_counts_it_and_its_biases():
     assert merged.saved_parameters == with_it.saved_parameters
 
 
+@pytest.mark.parametrize("skipped", [0, 1, None])
+def test_the_summary_of_two_attentions_in_front_of_an_ffn_is_that_of_the_merged_model(skipped):
+    family = ARCHITECTURES["t5"]
+    names = [name for name in families.candidates(family, False) if name.startswith("decoder.block.1.")]
+    skip = [] if skipped is None else [names[skipped]]
+    model = get_peft_model(
+        family.build(), EASConfig(skipped_modules=skip, r=8, attention_r=4, ffn_r=4, context="none")
+    )
+    before, after = eas_summary(model), eas_summary(model.merge_and_unload())
+    for one, other in zip(before.rows, after.rows):
+        assert one.added_parameters == other.added_parameters
+        assert not one.is_skipped or one.saved_parameters == other.saved_parameters
+
+
 def test_a_search_trains_it_and_drops_those_of_skipped_mhas():
     model = llama(skipped_modules=None, num_skip=2, ffn_r=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -349,3 +377,5 @@ def test_a_mixture_of_experts_takes_none():
     assert [module for module, _ in base.named_modules()] == names
     model = get_peft_model(ARCHITECTURES["deepseek_v3"].build(), EASConfig(num_skip=1, ffn_r=4))
     assert [layer.candidate.name for layer in layers_of(model, KeptFFNLayer)] == ["model.layers.0.self_attn"]
+    # Beside an adapter that has them elsewhere, one that has no place for them needs none.
+    model.add_adapter("second", EASConfig(skipped_modules=[], target_modules=["model.layers.2.self_attn"]))

@@ -171,8 +171,8 @@ def check_base(config: EASConfig, model: nn.Module, targets: Targets) -> dict[st
         )
     if config.ffn_r and all(row.experts for _, row in targets.values()):
         raise ValueError(
-            f"ffn_r={config.ffn_r} asks for adapters in front of the FFNs behind kept MHAs, but all of this model are "
-            "mixtures of experts, which get none. Leave ffn_r out."
+            f"ffn_r={config.ffn_r} asks for adapters in front of the FFNs behind kept MHAs, but those of all targets "
+            "are mixtures of experts, which get none. Leave ffn_r out."
         )
     chunk_size = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
     if chunk_size:
@@ -224,11 +224,12 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
         for name in layer.adapters
     }
     loaded = {name for (_, name), tensors in weights.items() if tensors}
-    # A file has all that stands for an MHA, or nothing of it: not PIA without an output adapter that there is.
-    stood_for = {
-        (layers[path].candidate, name)
+    # A file has all that stands for an MHA, or nothing of it: not PIA without an output adapter that there is. So it
+    # is with what a kept one has.
+    begun = {
+        (layers[path].candidate, layers[path].stands_for_skipped, name)
         for (path, name), tensors in weights.items()
-        if tensors and layers[path].stands_for_skipped
+        if tensors
     }
     placed = {f"{path}{name}.{key}" for (path, name), tensors in weights.items() for key in tensors}
     problems = [
@@ -239,14 +240,14 @@ def check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], pref
     for (path, name), tensors in weights.items():
         layer = layers[path]
         is_fixed = layer.candidate.configs[name].skipped_modules is not None
-        stands_in = (layer.candidate, name) in stood_for and layer.stands_for_skipped
-        if tensors or stands_in or (is_fixed and name in loaded):
+        is_begun = (layer.candidate, layer.stands_for_skipped, name) in begun
+        if is_begun or (is_fixed and name in loaded):
             problems += _misfits(layer.adapters[name].state_dict(), tensors, f"{path}{name}.")
     if problems:
         raise ValueError(
             f"The file's EAS weights do not fit this model: {problems[0]} (problem 1 of {len(problems)}). Load them "
-            "on the base model, and with the adapter_config.json, that they were saved with. A run that began without "
-            "output adapters goes on with EASConfig(output_r=0)."
+            "on the base model, and with the adapter_config.json, that they were saved with. A run goes on with the "
+            "ranks that it began with; where it had no such adapters, with EASConfig(output_r=0, ffn_r=0)."
         )
 
 

@@ -110,7 +110,7 @@ class InjectingTuner(BaseTuner):
         present = {layer.candidate.name: layer.candidate for layer in self._layers()}
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_name_is_free(name, peft_config, present)
-        self._check_wrappers(peft_config)
+        self._check_wrappers(peft_config, targets)
         check_trained_tokens(peft_config, model)
         warn_of_untrained_head(peft_config, model)
         peft_config.output_r = output_rank(peft_config, model, targets)
@@ -153,15 +153,16 @@ class InjectingTuner(BaseTuner):
                 "out with unload() first."
             )
 
-    def _check_wrappers(self, config: EASConfig) -> None:
-        """Raises where another adapter's weights would change their names, which tell the wrappers of an FFN."""
-        layers = list(self._layers())
+    def _check_wrappers(self, config: EASConfig, targets: Targets) -> None:
+        """Raises where other weights would change their names, which tell how many wrappers are around an FFN."""
+        layers = [layer for layer in self._layers() if not layer.candidate.architecture.experts]
         has_inner = any(isinstance(layer, KeptFFNLayer) for layer in layers)
-        if layers and has_inner != bool(config.ffn_r):
-            others = "adapters at" if has_inner else "no adapters at"
+        if layers and has_inner != bool(config.ffn_r) and not all(row.experts for _, row in targets.values()):
             raise ValueError(
-                f"ffn_r={config.ffn_r} was received, but the model has had an EAS adapter with {others} kept MHAs' "
-                "FFNs. All of one model have them, or none: give each an ffn_r above 0, or leave it out everywhere."
+                f"ffn_r={config.ffn_r} was received, but the model has been given an EAS adapter "
+                f"{'with' if has_inner else 'without'} ffn_r. All adapters of one model have an ffn_r above 0, or "
+                "none has, because it changes the names of other weights. Change ffn_r, or take all adapters out "
+                "with unload() first."
             )
 
     def _check_target_module_exists(self, peft_config: EASConfig, key: str) -> Any:
@@ -263,7 +264,8 @@ class InjectingTuner(BaseTuner):
 def _mha_of(path: str, mhas: Targets) -> str:
     """The MHA that weights at `path` belong to, if that is an FFN or its output projection.
 
-    Each wrapper of these stands for one MHA; an FFN has one of every MHA, and inside of these maybe as many again.
+    Each wrapper of these stands for one MHA. An FFN has an `FFNLayer` for each, and then a `KeptFFNLayer` for each, or
+    for none (`_check_wrappers`).
     """
     module, depth = path, 0
     while module.endswith(_INSIDE):

@@ -10,7 +10,7 @@ from .candidate import Candidate
 
 
 class EASLayer(nn.Module, BaseTunerLayer):
-    """What the three wrappers have in common: PEFT's switches, and access to the wrapped module's attributes."""
+    """What the wrappers have in common: PEFT's switches, and access to the wrapped module's attributes."""
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()

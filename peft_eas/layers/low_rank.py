@@ -13,10 +13,11 @@ from .adapted import AdaptedLayer
 
 
 class LowRankAdapter(nn.Module):
-    """What is added to an FFN's output or input, by what its output projection or the FFN itself reads:
+    """Adds to what an FFN writes, or to what it reads:
 
-        s (B dropout(A h) + c)        for h of shape (…, d_in)
+        s (B dropout(A h) + c)
 
+    h, of shape (…, d_in), is what the FFN's output projection reads, or what the FFN itself reads.
     Submodules: `down` (A), of shape (r, d_in), and `up` (B, c), of shapes (d, r) and (d,). It is no part of the paper.
     It reads no context, so that its fold is exact for every prompt.
 

@@ -91,11 +91,13 @@ class _MHA:
         self.name, self.block_name, self.kind = name, block_name, row.kind
         self.ffn_name = join(block_name, row.ffn)
         has_output, has_ffn = bool(output_r) and row.output_projection is not None, bool(ffn_r) and not row.experts
+        # What grows where PIA is folded.
+        self.ffn_places = [self.ffn_name] if row.experts else [join(block_name, path) for path in row.ffn_projections]
         self.output_name = join(block_name, row.output_projection) if has_output else None
         # A wrapper lets the attributes of what it wraps shine through.
         self.mha, self.ffn = at_path(block, row.mha), at_path(block, row.ffn)
         self.parameters = self.deleted_parameters = self.product_flops = self.flops = 0
-        self.kept_ffn_name = self.ffn_name if has_ffn else None
+        self.has_ffn_adapter = has_ffn
         # By the wrapper that gives them: the module they are in, and how many.
         self.new_biases: dict[type[AdaptedLayer], tuple[str | None, int]] = {}
         self.more_biases = 0  # if it were skipped
@@ -199,11 +201,12 @@ def _of_merged(model: PreTrainedModel, context_length: int | None) -> Summary:
             adapter = model.get_submodule(prefix + join(entry["block"], entry["name"]))
             # Once the prompt is known, z + left (C z) + shift: two products with d × r weights.
             adapter_size, adapter_flops = size_of(adapter), 2 * 2 * adapter.token_down.weight.numel()
-        paths = [part.ffn_name, part.output_name] if is_deleted else [part.name, part.kept_ffn_name]
+        paths = [*part.ffn_places, part.output_name] if is_deleted else [part.name]
+        if part.has_ffn_adapter and state in ("kept", "never skipped"):
+            paths += part.ffn_places
         grown = 0
         for path in paths:
-            # One FFN may stand behind several MHAs, and have its output projection within.
-            if path is not None and not any(f"{path}.".startswith(f"{one}.") for one in compared):
+            if path is not None and path not in compared:  # one FFN may stand behind several MHAs
                 grown += size_of(model.get_submodule(path)) - size_of(base.get_submodule(path))
                 compared.add(path)
         row = part.summarized(state, scores.get(candidate), adapter_size, adapter_size + grown, adapter_flops)
