@@ -295,7 +295,7 @@ def quantised_checks(family: Family, device: str) -> list[Check]:
     )
     checks: list[Check] = []
     for context in CONTEXTS:
-        exact = make(family, "some", context, output_r=0).to(device)  # an output adapter is folded with each context
+        exact = make(family, "some", context, output_r=0, ffn_r=0).to(device)  # these are folded with each context
         model = adapted(loaded(family, device, quantization_config=config, dtype=torch.float32), exact)
         for module in model.modules():  # where the CPU would repack the weights, and spoil them
             if hasattr(module, "support_avx512bf16_for_cpu"):
