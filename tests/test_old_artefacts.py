@@ -57,7 +57,7 @@ def test_a_merged_model_by_the_code_that_lies_beside_it(tmp_path):
 def test_a_run_goes_on_from_the_middle_of_its_search(tmp_path):
     shutil.copytree(FOLDER / "checkpoint-8", tmp_path / "checkpoint-8")
     with pytest.raises(
-        ValueError, match=r"eas_output\.default\.\w+ is missing .* goes on with EASConfig\(output_r=0\)"
+        ValueError, match=r"eas_output\.default\.\w+ is missing .* goes on with .* EASConfig\(output_r=0, ffn_r=0\)"
     ):
         make_trainer(tmp_path, EASCallback(**SCHEDULE)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     trainer = make_trainer(tmp_path, EASCallback(**SCHEDULE), make_model(output_r=0))
