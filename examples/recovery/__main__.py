@@ -7,9 +7,9 @@
 
 A model is tuned with the same attentions skipped from the start, those that change least what passes them, for each of
 the variants in variants.py: same steps, same data, same seeds. They are held against the same adapters with nothing
-skipped, and against LoRA. The models are `minilm`, all-MiniLM-L6-v2 (6
-attentions) as a classifier of a bank's queries; `smollm2`, SmolLM2-135M (30), which writes the query's intent; and
-`smollm2-scienceqa`, the same, which names the letter of the right choice.
+skipped, and against LoRA. The models are `minilm`, all-MiniLM-L6-v2 (6 attentions) as a classifier of a bank's
+queries; `smollm2`, SmolLM2-135M (30), which writes the query's intent; and `smollm2-scienceqa`, the same, which names
+the letter of the right choice.
 
 Each run is a line of runs.jsonl in --output-dir, and not made again. table.md and accuracy.png are written anew at the
 end.

@@ -22,8 +22,9 @@ class RoutedLayer(AdaptedLayer):
     def projections(self) -> dict[str, nn.Module | ExpertWeights]:
         """By name within the block, the projections that read what the adapter returns."""
         row = self.candidate.architecture
-        of_ffn = self.stands_for_skipped
-        return self.projections_within(*((row.ffn, row.ffn_projections) if of_ffn else (row.mha, row.mha_projections)))
+        if self.stands_for_skipped:
+            return self.projections_within(row.ffn, row.ffn_projections)
+        return self.projections_within(row.mha, row.mha_projections)
 
     def new_adapter(self, config: EASConfig, width: int) -> RoutedAdapter:
         """As above."""

@@ -27,6 +27,8 @@ from ..version import __version__
 
 CARD = "README.md"
 LICENSE_TIMEOUT = 3.0  # seconds
+# In a model that is not merged, the modules whose parameters EAS has added.
+_ADDED = r"eas_\w+|modules_to_save|trainable_tokens_delta"
 
 
 def origin(eas: BaseTuner, adapter_name: str) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def origin(eas: BaseTuner, adapter_name: str) -> dict[str, Any]:
 
 def added_parameters(model: nn.Module) -> set[int]:
     """Ids of what EAS has added: adapters, copies of `modules_to_save` and of tokens, biases from a fold in place."""
-    added = re.compile(r"\.(eas_input|eas_pia|eas_output|eas_ffn|modules_to_save|trainable_tokens_delta)\.")
+    added = re.compile(rf"\.({_ADDED})\.")
     ids = {id(parameter) for name, parameter in model.named_parameters() if added.search(f".{name}")}
     layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
     return ids | {
@@ -118,8 +120,7 @@ def _parameters_of(eas: BaseTuner, adapter_name: str) -> list[nn.Parameter]:
 
 
 def _is_of(adapter_name: str, name: str) -> bool:
-    trained = r"eas_\w+|modules_to_save|trainable_tokens_delta"
-    return re.search(rf"\.({trained})\.{re.escape(adapter_name)}(\.|$)", name) is not None
+    return re.search(rf"\.({_ADDED})\.{re.escape(adapter_name)}(\.|$)", name) is not None
 
 
 def _size(tensor: torch.Tensor) -> int:

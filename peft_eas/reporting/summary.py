@@ -90,14 +90,14 @@ class _MHA:
         self.context_length = context_length or own or _CONTEXT_LENGTH
         self.name, self.block_name, self.kind = name, block_name, row.kind
         self.ffn_name = join(block_name, row.ffn)
-        has_output, has_ffn = bool(output_r) and row.output_projection is not None, bool(ffn_r) and not row.experts
+        has_output = bool(output_r) and row.output_projection is not None
+        self.has_ffn_adapter = bool(ffn_r) and not row.experts
         # What grows where PIA is folded.
         self.ffn_places = [self.ffn_name] if row.experts else [join(block_name, path) for path in row.ffn_projections]
         self.output_name = join(block_name, row.output_projection) if has_output else None
         # A wrapper lets the attributes of what it wraps shine through.
         self.mha, self.ffn = at_path(block, row.mha), at_path(block, row.ffn)
         self.parameters = self.deleted_parameters = self.product_flops = self.flops = 0
-        self.has_ffn_adapter = has_ffn
         # By the wrapper that gives them: the module they are in, and how many.
         self.new_biases: dict[type[AdaptedLayer], tuple[str | None, int]] = {}
         self.more_biases = 0  # if it were skipped
@@ -115,7 +115,7 @@ class _MHA:
             KeptFFNLayer: (self.ffn_name, before),
             OutputLayer: (self.output_name, beside),
         }
-        self.more_biases = beside if has_ffn else before + beside
+        self.more_biases = beside if self.has_ffn_adapter else before + beside
         kept = size_of(at_path(block, row.kept_norm), added) if row.kept_norm else 0
         self.parameters = size_of(self.mha, added) - kept
         norms = (at_path(block, path) for path in row.deleted_norms)
